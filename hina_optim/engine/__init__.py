@@ -1,0 +1,1 @@
+"""How a list of techniques runs over all parameters: buckets, phases, reductions across shards, compile."""

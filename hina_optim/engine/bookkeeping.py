@@ -1,0 +1,337 @@
+"""Which parameters run together: buckets are formed, checked at every step, and formed again when something changed.
+
+Frameworks replace parameters, state dicts and group options behind an optimizer's back. Nothing is trusted from one step to
+the next: every step looks at what the groups hold, and a bucket whose parameters, views or options are no longer what it
+was built for is built again from ``optimizer.state``, which is always true.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hina_optim.adapters.roles import find_pairs, role_of
+from hina_optim.engine import population
+from hina_optim.engine.bucket import KAHAN, SOLO_NUMEL, Bucket, BucketKey, Member
+from hina_optim.engine.plan import check_recipe
+from hina_optim.engine.program import Program
+from hina_optim.state.precision import codec_for
+from hina_optim.state.slot import Slot
+from hina_optim.techniques.base import ParamInfo, Technique
+
+if TYPE_CHECKING:
+    from hina_optim.engine.optimizer import HinaOptimizer
+
+__all__ = ["Buckets"]
+
+log = logging.getLogger("hina_optim")
+
+
+class Buckets:
+    """The buckets of one optimizer."""
+
+    def __init__(self, optimizer: HinaOptimizer) -> None:
+        self._optimizer = optimizer
+        self._of: dict[Tensor, Bucket] = {}
+        self._options: dict[int, tuple[Any, ...]] = {}
+        self._alone: set[int] = set()  # positions of parameters that were once without a gradient when their bucket had one
+        self._said: set[str] = set()
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> list[Bucket]:
+        """Buckets of all parameters that have a gradient now, with state; raises before anything has changed."""
+        opt = self._optimizer
+        self._check_options()
+        with_grad: list[Tensor] = []
+        for group in opt.param_groups:
+            for p in group["params"]:
+                grad = p.grad
+                if grad is None:
+                    continue
+                if grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"{self._label(p)} has a sparse gradient; {type(opt).__name__} needs a dense one "
+                        "(build the embedding with sparse=False)."
+                    )
+                with_grad.append(p)
+        self.ensure(with_grad)
+        work = list(dict.fromkeys(self._of[p] for p in with_grad))
+        return [] if self._is_priming(work) else work
+
+    def ensure(self, params: Sequence[Tensor]) -> None:
+        """Give every one of ``params`` a bucket that holds it, and only parameters of ``params``."""
+        self._check_options()
+        wanted = set(params)
+        hits: dict[Bucket, int] = {}
+        for p in params:
+            bucket = self._of.get(p)
+            if bucket is not None:
+                hits[bucket] = hits.get(bucket, 0) + 1
+        for bucket, count in hits.items():
+            changed = any(
+                p.shape != bucket.key.local_shape or p.device != bucket.key.device for p in bucket.params
+            )
+            if count != bucket.size:
+                self._alone.update(m.position for m in bucket.members if m.param not in wanted)
+            if changed or count != bucket.size or not bucket.views_hold(self._optimizer.state):
+                self._drop(bucket)
+        homeless = [p for p in params if p not in self._of]
+        if homeless:
+            self._form(homeless)
+
+    def program(self, bucket: Bucket) -> Program:
+        """The bucket's segments for its next step."""
+        measuring = population.measuring(bucket)
+        if measuring not in bucket.programs:
+            choice = bucket.group["compile"]
+            compiled = bucket.key.device.type == "cuda" if choice is None else bool(choice)
+            bucket.programs[measuring] = Program(bucket, measuring, compiled)
+        program: Program = bucket.programs[measuring]
+        return program
+
+    def refresh(self, work: Iterable[Bucket]) -> None:
+        """Digest what the last step measured, if it measured anything."""
+        for name in population.due(work):
+            population.refresh(name, list(dict.fromkeys(self._of.values())))
+
+    def advance(self, work: Iterable[Bucket]) -> None:
+        """Count the step."""
+        for bucket in work:
+            bucket.steps.add_(1)
+            bucket.step += 1
+
+    def _is_priming(self, work: Sequence[Bucket]) -> bool:
+        """A step with lr 0 and all-zero gradients, as torch's checkpoint code takes to create state: it must not count.
+
+        Looked at only when every lr is 0, so that an ordinary step never waits for the device.
+        """
+        for bucket in work:
+            lr = bucket.group["lr"]
+            if (lr.device.type != "cpu" or float(lr) != 0.0) if isinstance(lr, Tensor) else lr != 0:
+                return False
+        some = [p.grad.any().cpu() for bucket in work for p in bucket.params if p.grad is not None]
+        if not some:
+            return False
+        anything = torch.stack(some).any().to(torch.float32).reshape(1)
+        return not bool(self._optimizer._layout.all_reduce(anything))
+
+    # -- forming buckets -----------------------------------------------------------------------------------------
+
+    def _form(self, params: Sequence[Tensor]) -> None:
+        members = self._members(params)
+        recipes: dict[tuple[int, ParamInfo], tuple[tuple[Technique, ...], tuple[Slot, ...]]] = {}
+        groups: dict[BucketKey, list[Member]] = {}
+        zero = self._zero_params([m for g, m in members if not m.state])
+        for g, m in members:
+            if (g, m.info) not in recipes:
+                recipes[g, m.info] = self._recipe(g, m.info)
+            slots = recipes[g, m.info][1]
+            anchors = frozenset(s.name for s in slots if s.constant and self._is_zero(s, m, zero))
+            self._check_state(m, slots, anchors, self._optimizer.param_groups[g])
+            step = int(m.state["step"]) if "step" in m.state else 0
+            alone = m.info.numel > SOLO_NUMEL or m.position in self._alone
+            key = BucketKey(
+                group=g,
+                info=m.info,
+                shard=m.shard,
+                local_shape=tuple(m.param.shape),
+                dtype=m.param.dtype,
+                device=m.param.device,
+                step=step,
+                zero_anchors=anchors,
+                solo=m.position if alone else -1,
+            )
+            groups.setdefault(key, []).append(m)
+        opt = self._optimizer
+        for key, same in groups.items():
+            chain, slots = recipes[key.group, key.info]
+            bucket = Bucket(key, same, opt.param_groups[key.group], slots, chain)
+            for m in same:
+                opt.state[m.param] = m.state
+                self._of[m.param] = bucket
+
+    def _members(self, params: Sequence[Tensor]) -> list[tuple[int, Member]]:
+        """What is known of each parameter, with the index of its group."""
+        opt = self._optimizer
+        wanted = set(params)
+        names, places = opt.param_names(), []
+        for g, group in enumerate(opt.param_groups):
+            places += [(g, i, p) for i, p in enumerate(group["params"])]
+        shapes = [opt._layout.shard(p).shape for _, _, p in places]
+        positions = [(g << 24) | i for g, i, _ in places]
+        partner: dict[int, int] = {}
+        for a, b in find_pairs(names, shapes):
+            partner[a], partner[b] = positions[b], positions[a]
+        found = []
+        for at, (g, _, p) in enumerate(places):
+            if p in wanted:
+                shard = opt._layout.shard(p)
+                info = ParamInfo(shard.shape, role_of(names[at], shard.shape), at in partner)
+                key = opt._layout.key(p, positions[at])
+                state = opt.state[p] if p in opt.state else {}
+                found.append((g, Member(p, names[at], positions[at], key, info, shard, state, partner=partner.get(at, -1))))
+        return found
+
+    def _recipe(self, g: int, info: ParamInfo) -> tuple[tuple[Technique, ...], tuple[Slot, ...]]:
+        return self._recipe_of(self._optimizer.param_groups[g], info)
+
+    def _recipe_of(self, group: dict[str, Any], info: ParamInfo) -> tuple[tuple[Technique, ...], tuple[Slot, ...]]:
+        opt = self._optimizer
+        chain = tuple(opt.recipe(group, info))
+        check_recipe(chain, type(opt).__name__)
+        chain = tuple(one for one in chain if one.applies(info))
+        slots: dict[str, Slot] = {}
+        for one in chain:
+            for slot in one.slots(info):
+                if slots.setdefault(slot.name, slot) != slot:
+                    raise ValueError(
+                        f"{type(opt).__name__}: technique {one.name!r} declares the state {slot.name!r} as {slot}, "
+                        f"another one as {slots[slot.name]}; give it another name."
+                    )
+        if group["rounding"] == "kahan":
+            slots[KAHAN.name] = KAHAN
+        return chain, tuple(slots.values())
+
+    def _zero_params(self, members: Sequence[Member]) -> set[int]:
+        """Positions of parameters that are zero everywhere (one host sync, when state is made)."""
+        if not members:
+            return set()
+        some = torch.stack([m.param.detach().any().cpu() for m in members]).float()
+        some = self._optimizer._layout.all_reduce(some)
+        return {m.position for m, s in zip(members, some.tolist(), strict=True) if not s}
+
+    @staticmethod
+    def _is_zero(slot: Slot, m: Member, zero: set[int]) -> bool:
+        have = m.state.get(slot.name)
+        if have is not None:
+            return have.ndim == 0 and m.param.ndim > 0
+        return m.position in zero and m.param.ndim > 0
+
+    def _check_state(self, m: Member, slots: Sequence[Slot], anchors: frozenset[str], group: dict[str, Any]) -> None:
+        """State that exists must fit the parameter; what a newly switched-on technique lacks begins afresh, and is said."""
+        if not m.state:
+            return
+        missing = []
+        for slot in slots:
+            codec = codec_for(slot, group["state_precision"], m.param.dtype)
+            shape = () if slot.name in anchors else slot.local_shape(tuple(m.param.shape))
+            for suffix in codec.parts:
+                have = m.state.get(slot.name + suffix)
+                if have is None:
+                    missing.append(slot.name + suffix)
+                    continue
+                if tuple(have.shape) != codec.part_shape(suffix, shape):
+                    raise RuntimeError(
+                        f"parameter {m.name} has shape {tuple(m.param.shape)}, but its state {slot.name!r} has "
+                        f"{tuple(have.shape)}: the parameter changed its shape after the optimizer began. Build a new "
+                        "optimizer for it, or delete optimizer.state[parameter] to begin afresh."
+                    )
+                if have.device != m.param.device:
+                    raise RuntimeError(
+                        f"parameter {m.name} is on {m.param.device}, but its state {slot.name!r} is on {have.device}: "
+                        "move the model before building the optimizer, or load the optimizer's state_dict again after the move."
+                    )
+        if missing:
+            self._say(f"state of {m.name} has no {', '.join(missing)} (a technique was switched on later); beginning afresh")
+
+    # -- upkeep ------------------------------------------------------------------------------------------------------
+
+    def _check_options(self) -> None:
+        """Give the buckets of a group whose options changed their new recipe; form them again if it keeps other state."""
+        for g, group in enumerate(self._optimizer.param_groups):
+            options = tuple(v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "name"))
+            if self._options.get(g) != options:
+                if g in self._options:
+                    self._optimizer.check_group(group)
+                self._options[g] = options
+                for bucket in {b for b in self._of.values() if b.key.group == g}:
+                    chain, slots = self._recipe(g, bucket.info)
+                    if slots == bucket.slots and bucket.stored_as(group["state_precision"]):
+                        bucket.group, bucket.chain = group, chain
+                        bucket.programs.clear()
+                    else:
+                        self._drop(bucket)
+
+    def _drop(self, bucket: Bucket) -> None:
+        for p in bucket.params:
+            self._of.pop(p, None)
+
+    def check_loaded(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
+        """Raise ValueError unless loaded state is what the recipes of the loaded groups keep."""
+        opt = self._optimizer
+        owner = type(opt).__name__
+        for g, m in self._members(list(state)):
+            group = {**opt.param_groups[g], **groups[g]}
+            entry = state[m.param]
+            known = {"step", "skipped"}
+            for slot in self._recipe_of(group, m.info)[1]:
+                codec = codec_for(slot, group["state_precision"], m.param.dtype)
+                for suffix, dtype in codec.parts.items():
+                    part = slot.name + suffix
+                    known.add(part)
+                    have = entry.get(part)
+                    if not isinstance(have, Tensor):
+                        raise ValueError(f"{owner}: the state of {m.name} lacks {part!r}: the checkpoint is truncated, or another optimizer's.")
+                    zero = slot.constant and have.ndim == 0
+                    shape = codec.part_shape(suffix, () if zero else slot.local_shape(tuple(m.param.shape)))
+                    if tuple(have.shape) != shape:
+                        raise ValueError(f"{owner}: the state {part!r} of {m.name} has shape {tuple(have.shape)}, expected {shape}: another model.")
+                    if have.dtype != dtype:
+                        self._say(f"loaded {part} of {m.name} as {have.dtype}; it will be kept as {dtype}")
+            unknown = sorted(set(entry) - known)
+            if unknown:
+                raise ValueError(f"{owner}: the state of {m.name} has {', '.join(unknown)}, which this optimizer does not keep: another optimizer's checkpoint.")
+
+    def forget(self) -> None:
+        """Form all buckets again at the next step (state was replaced)."""
+        self._of.clear()
+
+    def convert(self, precision: str) -> None:
+        """Store all state in another precision."""
+        opt = self._optimizer
+        self._check_options()
+        self.ensure([p for group in opt.param_groups for p in group["params"] if p in opt.state])
+        for bucket in dict.fromkeys(self._of.values()):
+            bucket.convert(precision)
+        for g, group in enumerate(opt.param_groups):
+            group["state_precision"] = precision
+            self._options[g] = tuple(v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "name"))
+
+    def state_bytes(self, precision: str | None) -> int:
+        """Bytes of state held, or what all trainable parameters would hold in ``precision``."""
+        opt = self._optimizer
+        if precision is None:
+            return sum(
+                v.numel() * v.element_size() for s in opt.state.values() for v in s.values() if isinstance(v, Tensor)
+            )
+        params = [p for group in opt.param_groups for p in group["params"] if p.requires_grad or p in opt.state]
+        members = self._members(params)
+        zero = self._zero_params([m for _, m in members if not m.state])
+        total = 0
+        recipes: dict[tuple[int, ParamInfo], tuple[Slot, ...]] = {}
+        for g, m in members:
+            if (g, m.info) not in recipes:
+                recipes[g, m.info] = self._recipe(g, m.info)[1]
+            total += 8  # step and skipped
+            for slot in recipes[g, m.info]:
+                codec = codec_for(slot, precision, m.param.dtype)
+                constant = slot.constant and self._is_zero(slot, m, zero)
+                shape = () if constant else slot.local_shape(tuple(m.param.shape))
+                for suffix, dtype in codec.parts.items():
+                    total += int(torch.Size(codec.part_shape(suffix, shape)).numel()) * dtype.itemsize
+        return total
+
+    def _label(self, param: Tensor) -> str:
+        names = self._optimizer.param_names()
+        every = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return next((f"parameter {n}" for n, p in zip(names, every, strict=True) if p is param), "a parameter")
+
+    def _say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            log.warning("%s: %s", type(self._optimizer).__name__, message)

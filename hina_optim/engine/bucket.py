@@ -1,0 +1,200 @@
+"""Parameters of one shape, updated together.
+
+A bucket owns the stored state of its parameters as stacks ``[N, …]``; ``optimizer.state[p][name]`` are views of them, so
+the ordinary state dict is always true. Small parameters share a bucket; a large one is a bucket of its own, whose stacks
+are views of its own tensors and cost no copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hina_optim.engine.layout import Shard
+from hina_optim.state.precision import Codec, codec_for, compute_dtype
+from hina_optim.state.slot import Slot
+from hina_optim.techniques.base import ParamInfo, Technique
+
+__all__ = ["Bucket", "BucketKey", "Member", "SOLO_NUMEL"]
+
+#: Parameters with more elements than this are not stacked: a copy would cost more than the kernels it saves.
+SOLO_NUMEL = 1 << 18
+
+KAHAN = Slot("kahan", precision="param")
+
+
+@dataclass
+class Member:
+    """One parameter of a bucket, and what is known of it."""
+
+    param: Tensor
+    name: str
+    position: int
+    key: int
+    info: ParamInfo
+    shard: Shard
+    state: dict[str, Any]
+    solo: bool = False
+    partner: int = -1
+
+
+@dataclass(frozen=True)
+class BucketKey:
+    """Parameters with equal keys run together."""
+
+    group: int
+    info: ParamInfo
+    shard: Shard
+    local_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    step: int
+    zero_anchors: frozenset[str]
+    solo: int  # position of a parameter that runs alone, else -1
+
+
+class Bucket:
+    """``N`` parameters of one kind, their stacked state and their step counters.
+
+    Attributes:
+        storage: ``{state name: [N, …]}`` as stored (not decoded).
+        steps: float32 ``[N]`` on the CPU, equal numbers: steps in which the parameters had a gradient.
+        step: The same number on the host.
+        skipped: float32 ``[N]`` on the device: those of them that were left out, the gradient not being finite.
+    """
+
+    def __init__(
+        self,
+        key: BucketKey,
+        members: Sequence[Member],
+        group: dict[str, Any],
+        slots: Sequence[Slot],
+        chain: Sequence[Technique],
+    ) -> None:
+        self.key = key
+        self.members = list(members)
+        self.params = [m.param for m in members]
+        self.group = group
+        self.info = key.info
+        self.shard = key.shard
+        self.slots = tuple(slots)
+        self.chain = tuple(chain)
+        self.step = key.step
+        self.codecs: dict[str, Codec] = {s.name: codec_for(s, group["state_precision"], key.dtype) for s in self.slots}
+        self.keys = torch.tensor([m.key for m in members], dtype=torch.int32).to(key.device)
+        self.storage: dict[str, Tensor] = {}
+        self.programs: dict[frozenset[str], Any] = {}
+        self._adopt()
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return len(self.params)
+
+    @property
+    def numel(self) -> int:
+        """Local elements of one parameter."""
+        return int(torch.Size(self.key.local_shape).numel())
+
+    def part_shapes(self, slot: Slot) -> dict[str, tuple[int, ...]]:
+        """State name → stored shape without the batch dimension, for the parts of a slot."""
+        codec = self.codecs[slot.name]
+        if slot.name in self.key.zero_anchors:
+            return {slot.name: ()}
+        shape = slot.local_shape(self.key.local_shape)
+        return {slot.name + suffix: codec.part_shape(suffix, shape) for suffix in codec.parts}
+
+    def _adopt(self) -> None:
+        """Take over every member's state (allocating what is not there) and make the members' state views of it.
+
+        Every stack is built before any view is replaced: running out of memory in between changes nothing.
+        """
+        n, device = self.size, self.key.device
+        stacks: dict[str, Tensor] = {}
+        for slot in self.slots:
+            codec = self.codecs[slot.name]
+            shapes = self.part_shapes(slot)
+            fresh: dict[str, Tensor] | None = None
+            for (part, shape), dtype in zip(shapes.items(), codec.parts.values(), strict=True):
+                have = [m.state.get(part) for m in self.members]
+                if all(h is None for h in have):
+                    fresh = fresh or self._initial(slot)
+                    stacks[part] = fresh[part]
+                elif n == 1:
+                    stacks[part] = have[0].unsqueeze(0).to(dtype)
+                else:
+                    stacks[part] = torch.stack([h.to(dtype) for h in have])
+                if stacks[part].shape != (n, *shape):
+                    raise RuntimeError(f"state {part!r} has shape {tuple(stacks[part].shape[1:])}, expected {shape}")
+        steps = torch.full((n,), float(self.step))
+        skipped = [m.state.get("skipped") for m in self.members]
+        blank = torch.zeros((), device=device)
+        stack_skipped = torch.stack([blank if s is None else s.to(device, torch.float32) for s in skipped])
+        self.storage = stacks
+        self.steps, self.skipped = steps, stack_skipped
+        self.views: list[tuple[dict[str, Any], str, Tensor]] = []
+        for i, member in enumerate(self.members):
+            member.state["step"] = steps[i]
+            member.state["skipped"] = stack_skipped[i]
+            for name, stack in stacks.items():
+                member.state[name] = stack[i]
+            self.views += [(member.state, k, v) for k, v in member.state.items() if isinstance(v, Tensor)]
+
+    def _initial(self, slot: Slot) -> dict[str, Tensor]:
+        """The first value of a slot for all members, stored."""
+        n, device, dtype = self.size, self.key.device, self.key.dtype
+        codec = self.codecs[slot.name]
+        shape = slot.local_shape(self.key.local_shape)
+        if slot.name in self.key.zero_anchors:
+            return {slot.name: torch.zeros(n, dtype=dtype, device=device)}
+        if slot.init == "param":
+            # clone keeps the exact bits, whatever the codec computes in
+            value = torch.stack([p.detach() for p in self.params]) if n > 1 else self.params[0].detach()[None].clone()
+            value = value.contiguous()
+            if slot.precision == "param":
+                return {slot.name: value}
+        else:
+            fill = float(self.group["start_lr"]) if slot.init == "start_lr" else float(slot.init)
+            value = torch.full((n, *shape), fill, device=device, dtype=compute_dtype(dtype))
+        parts = codec.encode(value.to(compute_dtype(dtype)), None)
+        return {slot.name + suffix: part for suffix, part in parts.items()}
+
+    def views_hold(self, state: dict[Any, Any]) -> bool:
+        """Whether ``optimizer.state`` still holds exactly the views that this bucket handed out."""
+        return all(state.get(m.param) is m.state for m in self.members) and all(
+            d.get(name) is view for d, name, view in self.views
+        )
+
+    def state_bytes(self) -> int:
+        """Bytes of stored state, step counters included."""
+        tensors = [*self.storage.values(), self.steps, self.skipped]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def stored_as(self, precision: str) -> bool:
+        """Whether every slot is stored as ``precision`` asks."""
+        return all(self.codecs[s.name] == codec_for(s, precision, self.key.dtype) for s in self.slots)
+
+    def convert(self, precision: str) -> None:
+        """Store the state in another precision, one slot at a time; a slot is replaced only once its copy exists."""
+        for slot in self.slots:
+            old = self.codecs[slot.name]
+            new = codec_for(slot, precision, self.key.dtype)
+            if new == old or slot.name in self.key.zero_anchors:
+                continue
+            parts = {suffix: self.storage[slot.name + suffix] for suffix in old.parts}
+            encoded = new.encode(old.decode(parts), None)
+            for suffix in old.parts:
+                del self.storage[slot.name + suffix]
+            self.storage.update({slot.name + suffix: part for suffix, part in encoded.items()})
+            self.codecs[slot.name] = new
+            for i, member in enumerate(self.members):
+                for suffix in old.parts:
+                    member.state.pop(slot.name + suffix, None)
+                for suffix in encoded:
+                    member.state[slot.name + suffix] = self.storage[slot.name + suffix][i]
+        self.views = [(m.state, k, v) for m in self.members for k, v in m.state.items() if isinstance(v, Tensor)]
+        self.programs.clear()

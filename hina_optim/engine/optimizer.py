@@ -1,0 +1,265 @@
+"""The base class of every optimizer here: parameter groups, state, the step, saving and loading."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hina_optim import arguments as rule
+from hina_optim.engine.layout import Layout, LocalLayout
+from hina_optim.engine.bookkeeping import Buckets
+from hina_optim.engine.runner import Runner
+from hina_optim.state import checkpoint
+from hina_optim.state.precision import PRECISIONS
+from hina_optim.techniques.base import ParamInfo, Technique
+
+__all__ = ["ENGINE_RULES", "HinaOptimizer", "ParamsT"]
+
+ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+#: Arguments that every optimizer has beside its own, and their rules.
+ENGINE_RULES: dict[str, rule.Rule] = {
+    "max_buffer_memory_mb": rule.POSITIVE,
+    "state_precision": rule.one_of(*PRECISIONS),
+    "rounding": rule.one_of("stochastic", "kahan", "nearest"),
+    "seed": rule.INTEGER,
+    "compile": rule.OPTIONAL_FLAG,
+}
+
+
+class HinaOptimizer(torch.optim.Optimizer):
+    """Runs a recipe of techniques over parameter groups.
+
+    A subclass gives a typed constructor, :attr:`RULES` and :meth:`recipe`; everything else is here. Hyper-parameters
+    live in ``param_groups`` and ``defaults`` only, state in ``state[p]`` only, as tensors: copies, pickles and
+    checkpoints lose nothing. A user's own recipe is a subclass that overrides :meth:`recipe`.
+
+    Each group also gets ``start_lr``, the learning rate it was added with: per-element rates follow a scheduler through the ratio
+    of ``lr`` to it.
+    """
+
+    RULES: ClassVar[dict[str, rule.Rule]] = ENGINE_RULES
+    REMOVED: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Make the constructor name the nearest known argument when given one that does not exist."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in cls.__dict__:
+            return
+        init = cls.__dict__["__init__"]
+        code = init.__code__
+        known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+        if code.co_flags & 0x08:  # takes **kwargs: it does its own checking
+            return
+
+        @functools.wraps(init)
+        def checked(self: HinaOptimizer, *args: Any, **arguments: Any) -> None:
+            rule.reject_unknown(type(self).__name__, arguments, known, type(self).REMOVED)
+            init(self, *args, **arguments)
+
+        cls.__init__ = checked  # type: ignore[method-assign]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._names: list[list[str] | None] = []
+        self._layout: Layout = LocalLayout()
+        self._buckets = Buckets(self)
+        rule.check_all(type(self).__name__, defaults, self.RULES)
+        params = list(params)  # type: ignore[arg-type]
+        if not params:
+            raise ValueError(
+                f"{type(self).__name__}: got no parameters: the list (or generator, used up already?) is empty. "
+                "Pass model.parameters() of a model in which something requires grad."
+            )
+        super().__init__(params, defaults)  # type: ignore[arg-type]
+
+    # -- recipe --------------------------------------------------------------------------------------------------
+
+    def recipe(self, group: dict[str, Any], info: ParamInfo) -> list[Technique]:
+        """The techniques of one group, in the order in which they act; called once for every kind of parameter.
+
+        Args:
+            group: The parameter group with its hyper-parameters.
+            info: What the parameters are.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define recipe()")
+
+    # -- groups ------------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its options are checked, and nothing is added when one is bad.
+
+        Raises:
+            ValueError: A bad option, a duplicate parameter, or a duplicate group name.
+        """
+        owner = type(self).__name__
+        if isinstance(param_group, dict):
+            # torch only warns about a parameter that is in one group twice
+            group = dict(param_group)
+            given = group.get("params", [])
+            group["params"] = [given] if isinstance(given, Tensor) else list(given)
+            merged = {**self.defaults, **{k: v for k, v in group.items() if k != "params"}}
+            self.check_group(merged)
+            tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+            names = [p[0] if isinstance(p, tuple) else None for p in group["params"]]
+            if not tensors:
+                raise ValueError(f"{owner}: group {len(self.param_groups)} has no parameters; leave it out.")
+            seen: dict[int, str | None] = {}
+            for name, p in zip(names, tensors, strict=True):
+                if id(p) in seen:
+                    raise ValueError(
+                        f"{owner}: the parameter {name or tuple(p.shape)} is in group {len(self.param_groups)} twice; "
+                        "pass every parameter once (tied weights are one parameter)."
+                    )
+                seen[id(p)] = name
+                if isinstance(p, Tensor) and p.is_complex():
+                    raise ValueError(f"{owner}: {name or 'a parameter'} is complex; view it as real (torch.view_as_real).")
+                if isinstance(p, Tensor) and not p.is_floating_point():
+                    raise ValueError(f"{owner}: {name or 'a parameter'} has dtype {p.dtype}; only floating point can be trained.")
+            group_name = group.get("name")
+            if group_name is not None and any(g.get("name") == group_name for g in self.param_groups):
+                raise ValueError(f"{owner}: two groups are named {group_name!r}; names must be unique.")
+            lr = merged.get("lr")
+            group.setdefault("start_lr", float(lr) if lr is not None else 0.0)
+            param_group = group
+        super().add_param_group(param_group)
+        # names stay out of the groups: a flattened checkpoint repeats every group value for every parameter
+        self._names.append(self.param_groups[-1].pop("param_names", None))
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError unless every option of a group (defaults filled in) is valid. Subclasses add joint rules."""
+        rule.check_all(type(self).__name__, group, self.RULES)
+
+    def param_names(self) -> list[str]:
+        """One name a parameter, in the order of the groups: its own where known, else its place."""
+        names: list[str] = []
+        for g, group in enumerate(self.param_groups):
+            known = self._names[g] if g < len(self._names) else None
+            count = len(group["params"])
+            names += known if known and len(known) == count else [f"group{g}.{i}" for i in range(count)]
+        return names
+
+    # -- step ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Perform one update.
+
+        Args:
+            closure: Computes the loss again, with gradients; called once, before any gradient is read.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: A sparse gradient, or a parameter whose shape or device is not that of its state. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = self._buckets.prepare()
+        if work:
+            self._buckets.refresh(work)
+            budget = min(int(b.group["max_buffer_memory_mb"] * 1e6) for b in work)
+            Runner(self._layout, budget).step([(b, self._buckets.program(b)) for b in work])
+            self._buckets.advance(work)
+        return loss
+
+    def init_state(self) -> None:
+        """Allocate the state of every parameter that requires grad now, instead of at its first step."""
+        with torch.no_grad():
+            self._buckets.ensure([p for g in self.param_groups for p in g["params"] if p.requires_grad])
+
+    def bind_layout(self, layout: Layout) -> None:
+        """Tell where the elements of sharded parameters lie. To be called before the first step.
+
+        Raises:
+            RuntimeError: There is state already.
+        """
+        if self.state:
+            raise RuntimeError(f"{type(self).__name__}: bind_layout() comes before the first step; there is state already.")
+        self._layout = layout
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    def state_bytes(self, precision: str | None = None) -> int:
+        """Bytes of optimizer state held now; with ``precision``, what they would be in that one.
+
+        Args:
+            precision: One of ``"fp32"``, ``"bf16"``, or None for what is.
+        """
+        return self._buckets.state_bytes(precision)
+
+    def set_state_precision(self, precision: str) -> int:
+        """Convert the state in place, one slot of one bucket at a time, and keep it so from now on.
+
+        Args:
+            precision: ``"fp32"`` or ``"bf16"``.
+
+        Returns:
+            Bytes given back (negative when the state grew).
+        """
+        rule.check(type(self).__name__, "state_precision", precision, self.RULES["state_precision"])
+        before = self.state_bytes()
+        with torch.no_grad():
+            self._buckets.convert(precision)
+        self.defaults["state_precision"] = precision
+        return before - self.state_bytes()
+
+    def scratch_bytes(self) -> int:
+        """Bytes of temporary memory that the engine keeps between steps: none, they live inside a step only."""
+        return 0
+
+    def release_scratch(self) -> int:
+        """Give back what the engine and the caching allocator of the device hold without need.
+
+        Returns:
+            Bytes given back to the device.
+        """
+        devices = {p.device for g in self.param_groups for p in g["params"] if p.device.type == "cuda"}
+        before = sum(torch.cuda.memory_reserved(d) for d in devices)
+        if devices:
+            torch.cuda.empty_cache()
+        return before - sum(torch.cuda.memory_reserved(d) for d in devices)
+
+    # -- saving, loading, copying ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State, groups, and under ``"hina"`` what lets :meth:`load_state_dict` check that they belong here."""
+        result = super().state_dict()
+        result["hina"] = checkpoint.describe(self)
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load state and groups: every dtype as saved, by name where both sides have names, all or nothing.
+
+        Args:
+            state_dict: From :meth:`state_dict`, also after ``torch.load(..., weights_only=True)``.
+
+        Raises:
+            ValueError: It belongs to another optimizer or model, or is incomplete; says what does not fit. Nothing has changed then.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        checkpoint.load(self, state_dict)
+        self._buckets.forget()
+        for post in self._optimizer_load_state_dict_post_hooks.values():
+            post(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "names": self._names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        names = state.pop("names", None)
+        super().__setstate__(state)
+        if names is not None or not hasattr(self, "_names"):
+            self._names = names or [None] * len(self.param_groups)
+        if not hasattr(self, "_layout"):
+            self._layout = LocalLayout()
+        self._buckets = Buckets(self)

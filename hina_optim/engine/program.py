@@ -1,0 +1,239 @@
+"""The recipe of one bucket, cut into segments and ready to run, eagerly or compiled.
+
+A segment is a pure function of tensors: stored inputs, the values so far, the totals of earlier segments and this step's
+scalars go in; new values and this segment's sums come out. Only the last one writes, in place, into the stored tensors it was given.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hina_optim.engine.bucket import KAHAN, Bucket
+from hina_optim.engine.layout import Shard
+from hina_optim.engine.plan import Segment, plan_segments
+from hina_optim.state.precision import compute_dtype
+from hina_optim.state.rounding import element_noise, round_stochastic
+from hina_optim.techniques.base import Flow, Folded, PeriodicTechnique, Sums, Technique
+
+__all__ = ["Inputs", "Program", "Values"]
+
+Values = dict[str, Tensor]
+
+_FINITE = "engine.finite"
+
+
+@dataclass
+class Inputs:
+    """What a segment reads, for one cell (``N`` parameters, or one chunk of one).
+
+    Attributes:
+        stored: ``grad``, ``param`` and every stored part of the state, as stored.
+        scalars: ``lr`` (0-d), ``seeds`` (int32 ``[N]``), ``index`` (int32 ``[1, …]``, low precisions and measuring only),
+            and ``"<technique>.<name>"`` ``[N]``.
+    """
+
+    stored: Values
+    scalars: Values
+
+
+class FiniteGuard(Technique):
+    """Counts gradient elements that are not finite: a parameter that has any is left alone in this step."""
+
+    name = "engine"
+    sums_over = frozenset({"grad"})
+
+    def sums(self, flow: Flow) -> Sums:
+        """One for every element that is NaN or infinite."""
+        return {"bad": (~torch.isfinite(flow["grad"])).to(flow["grad"].dtype)}
+
+    def settle(self, flow: Flow, totals: Values) -> None:
+        """Remember which parameters may be written."""
+        flow[_FINITE] = totals["bad"] == 0
+
+
+class Program:
+    """A bucket's segments for one set of measuring techniques.
+
+    Attributes:
+        segments: The plan; the guard against non-finite gradients comes first.
+        needs_whole: Whether any technique needs complete values: then a parameter is never cut into chunks.
+    """
+
+    def __init__(self, bucket: Bucket, measuring: frozenset[str], compiled: bool) -> None:
+        self.bucket = bucket
+        self.info = bucket.info
+        self.compute = compute_dtype(bucket.key.dtype)
+        self.chain: tuple[Technique, ...] = (FiniteGuard(), *bucket.chain)
+        self.segments: tuple[Segment, ...] = plan_segments(self.chain, self.info, measuring)
+        self.measuring = measuring
+        self.needs_whole = any(s.whole is not None for s in self.segments)
+        self.rounding = bucket.group["rounding"] if bucket.key.dtype in (torch.bfloat16, torch.float16) else "nearest"
+        self.streams = {slot.name: i + 1 for i, slot in enumerate(bucket.slots)}
+        self.needs_index = bool(measuring) or self.rounding == "stochastic" or any(
+            c.noisy for c in bucket.codecs.values()
+        )
+        self._compiled = compiled
+        self._steps: dict[tuple[int, bool, bool], Callable[..., tuple[Values, Values]]] = {}
+
+    def scalars(self, t: Tensor) -> Values:
+        """Every technique's numbers of this step, in the compute dtype, from ``t`` ``[N]``."""
+        return {
+            f"{one.name}.{key}": value.to(self.compute)
+            for one in self.chain
+            if one.applies(self.info)
+            for key, value in one.scalars(t).items()
+        }
+
+    def run(
+        self, i: int, inputs: Inputs, carry: Values | None, totals: list[Values], whole: Values, last: bool = True
+    ) -> tuple[Values, Values]:
+        """Run segment ``i``.
+
+        Args:
+            i: Which segment.
+            inputs: Stored tensors and scalars of a cell.
+            carry: Values at the end of segment ``i-1``; None to compute them again from the inputs (a chunk whose values were not kept).
+            totals: Totals after segments ``0 … i-1``.
+            whole: ``{technique name: piece of its complete result}`` for the segments that run.
+            last: Whether this is the last cell of its parameters: state of fixed shape is written once, by that one.
+
+        Returns:
+            Values at its end, and its sums ``{"<technique>.<name>": [N] or [N, size]}``.
+        """
+        return self._step(i, carry is None, last)(inputs.stored, inputs.scalars, carry or {}, totals[:i], whole)
+
+    def _step(self, i: int, again: bool, last: bool) -> Callable[..., tuple[Values, Values]]:
+        key = (i, again, last or i < len(self.segments) - 1)
+        if key not in self._steps:
+
+            def phase(
+                stored: Values, scalars: Values, carry: Values, totals: list[Values], whole: Values
+            ) -> tuple[Values, Values]:
+                flow = self._flow(stored, scalars, carry if not again else {}, start=again)
+                sums: Values = {}
+                for j in range(0 if again else i, i + 1):
+                    sums = self._segment(j, flow, totals, whole)
+                if i == len(self.segments) - 1:
+                    self._commit(flow, stored, scalars, last)
+                    return {}, sums
+                return {**flow.values, **{f"new.{k}": v for k, v in flow.new.items()}}, sums
+
+            if self._compiled:
+                # torch.compile counts recompilations by code object; each segment of each bucket is a program of its own
+                code = phase.__code__.replace(co_name=f"phase{i}{'_again' if again else ''}{'' if last else '_part'}")
+                own = types.FunctionType(code, phase.__globals__, phase.__name__, None, phase.__closure__)
+                self._steps[key] = torch.compile(own, fullgraph=True, dynamic=False)
+            else:
+                self._steps[key] = phase
+        return self._steps[key]
+
+    def _flow(self, stored: Values, scalars: Values, carry: Values, start: bool) -> Flow:
+        state: Values = {}
+        ndim = stored["grad"].ndim
+        for slot in self.bucket.slots:
+            codec = self.bucket.codecs[slot.name]
+            if slot.name in self.bucket.key.zero_anchors:
+                zero = stored[slot.name].to(self.compute)
+                state[slot.name] = zero.reshape(zero.shape[0], *([1] * (ndim - 1)))
+            else:
+                state[slot.name] = codec.decode({s: stored[slot.name + s] for s in codec.parts})
+        values = {k: v for k, v in carry.items() if not k.startswith("new.")}
+        new = {k[4:]: v for k, v in carry.items() if k.startswith("new.")}
+        if start:
+            values = {"grad": stored["grad"].to(self.compute), "param": stored["param"].to(self.compute)}
+            values["lr"] = values["rate"] = scalars["lr"]
+            if "index" in scalars:
+                values["index"] = scalars["index"]
+        return Flow(values, state, new, scalars, self.info)
+
+    def _segment(self, i: int, flow: Flow, totals: list[Values], whole: Values) -> Values:
+        segment = self.segments[i]
+        for one in segment.settling:
+            prefix = f"{one.name}."
+            mine = {k[len(prefix) :]: v for k, v in totals[i - 1].items() if k.startswith(prefix)}
+            one.settle(flow, {k: flow.per_param(v) if v.ndim == 1 else v for k, v in mine.items()})
+        sums: Values = {}
+        for one, takes_sums in segment.running:
+            if one is segment.whole:
+                flow[f"{one.name}.whole"] = whole[one.name]
+            one.transform(flow)
+            if takes_sums:
+                for key, value in one.sums(flow).items():
+                    sums[f"{one.name}.{key}"] = self._sum(value)
+            elif one.name in segment.immediate:
+                one.settle(flow, {})
+        return sums
+
+    def _sum(self, value: Tensor | Folded) -> Tensor:
+        if isinstance(value, Folded):
+            flat = value.value.reshape(value.value.shape[0], -1)
+            # chunks begin at multiples of any fold, so only the shard's own beginning shifts the fold
+            start = self.bucket.shard.start % value.size
+            flat = torch.nn.functional.pad(flat, (start, -(flat.shape[1] + start) % value.size))
+            return flat.reshape(flat.shape[0], -1, value.size).sum(1)
+        return value.reshape(value.shape[0], -1).sum(1)
+
+    def whole_matrix(self, one: Technique, inputs: Inputs, carry: Values, complete: list[Tensor]) -> Tensor:
+        """A technique's result on complete values (eager: FFTs and the like gain nothing from the compiler)."""
+        flow = self._flow(inputs.stored, inputs.scalars, carry, start=False)
+        return one.whole_matrix(flow, *complete)
+
+    def _commit(self, flow: Flow, stored: Values, scalars: Values, last: bool) -> None:
+        """Write new weights and state in place; a parameter with a non-finite gradient keeps every bit."""
+        ok = flow[_FINITE]
+        param = flow["param"]
+        update = flow["rate"] * flow["update"]
+        if "scale" in flow:
+            update = update * flow["scale"]
+        target = param - update
+        if "decay" in flow:
+            target = target - flow["decay"] * param
+        if "pull" in flow:
+            target = target - flow["pull"] * (target - flow.state["anchor"])
+        index, seeds = scalars.get("index"), scalars.get("seeds")
+        if seeds is not None:
+            seeds = flow.per_param(seeds)
+        old = stored["param"]
+        if self.rounding == "stochastic":
+            assert seeds is not None and index is not None
+            written = round_stochastic(target, element_noise(seeds, index.to(torch.int32), 0), old.dtype)
+        elif self.rounding == "kahan":
+            wanted = (target - param) + flow.state[KAHAN.name]
+            written = (param + wanted).to(old.dtype)
+            flow.new[KAHAN.name] = wanted - (written.to(self.compute) - param)
+        else:
+            written = target.to(old.dtype)
+        old.copy_(torch.where(ok, written, old))
+        fixed = {slot.name for slot in self.bucket.slots if slot.shape != "like"}
+        for name, value in flow.new.items():
+            if name in fixed and not last:
+                continue
+            codec = self.bucket.codecs[name]
+            noise = None
+            if codec.noisy:
+                assert seeds is not None and index is not None
+                noise = element_noise(seeds, index.to(torch.int32), self.streams[name])
+            for suffix, part in codec.encode(value, noise).items():
+                have = stored[name + suffix]
+                keep = ok.reshape(-1, *([1] * (have.ndim - 1)))
+                have.copy_(torch.where(keep, part.reshape(have.shape), have))
+        if last:
+            stored["skipped"].add_((~ok.reshape(-1)).to(torch.float32))
+
+
+def piece(result: Tensor, one: Technique, shard: Shard, like: Tensor) -> Tensor:
+    """What a shard keeps of a complete result."""
+    if one.whole_is_small:
+        return result
+    return result.reshape(result.shape[0], -1)[:, shard.start : shard.stop].reshape(like.shape)
+
+
+def periodic(chain: tuple[Technique, ...]) -> list[PeriodicTechnique]:
+    """The periodic techniques of a recipe."""
+    return [one for one in chain if isinstance(one, PeriodicTechnique)]

@@ -1,0 +1,1 @@
+"""What is remembered and how: slots, precision, loading and saving."""

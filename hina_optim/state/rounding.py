@@ -1,0 +1,62 @@
+"""Stochastic rounding from a hash of (seed, step, parameter, element): the same on every rank, replica and resume.
+
+A counter-based generator needs no state, so nothing has to be saved, and a shard draws exactly the numbers that the whole
+tensor would draw at its place. The mixing function is a 32-bit multiply-xorshift finalizer on wrapping int32 arithmetic,
+which every device and the compiler have.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["element_noise", "mix", "param_seeds", "round_stochastic"]
+
+_M1 = 0x7FEB352D
+_M2 = 0x846CA68B - (1 << 32)
+_GOLDEN = 0x9E3779B9 - (1 << 32)
+
+
+def mix(x: Tensor) -> Tensor:
+    """Scramble int32 values: every input bit changes every output bit with probability about one half."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * _M1
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * _M2
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def param_seeds(keys: Tensor, seed: int, step: int) -> Tensor:
+    """One int32 seed a parameter, ``[N]``, from ``keys`` (int32, ``[N]``), the user's seed and the step."""
+    word = (seed * 0x85EBCA6B + step * 0xC2B2AE35 + (step >> 32)) & 0xFFFFFFFF
+    return mix(mix(keys * _GOLDEN) + (word - (1 << 32) if word >= 1 << 31 else word))
+
+
+def element_noise(seeds: Tensor, index: Tensor, stream: int) -> Tensor:
+    """31 uniform bits an element, int32, ``[N, *shape]``.
+
+    Args:
+        seeds: int32 ``[N, 1, …]``, from :func:`param_seeds`.
+        index: int32 ``[1, *shape]``: global flat index of each element (wrapped to 32 bits).
+        stream: Which of several independent draws in one step.
+    """
+    return mix(mix(index ^ seeds) + (stream + 1) * 0x632BE59B) & 0x7FFFFFFF
+
+
+def round_stochastic(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 to bfloat16 or float16 so that the expected value is exact.
+
+    Args:
+        x: float32.
+        noise: int32, same shape, at least 24 uniform low bits.
+        dtype: ``torch.bfloat16`` or ``torch.float16``. Values beyond float16's range become infinite, as in a cast.
+    """
+    drop = 16 if dtype == torch.bfloat16 else 13
+    mask = (1 << drop) - 1
+    bits = x.view(torch.int32)
+    rounded = ((bits + (noise & mask)) & ~mask).view(torch.float32)
+    if dtype == torch.float16:
+        # below the smallest normal number the quantum no longer shrinks with the value
+        unit = (noise & 0xFFFFFF).float() * 2.0**-24
+        rounded = torch.where(x.abs() < 2.0**-14, torch.floor(x * 2.0**24 + unit) * 2.0**-24, rounded)
+    return torch.where(torch.isfinite(x), rounded, x).to(dtype)

@@ -1,0 +1,248 @@
+"""The contract of a technique: one idea of one paper, as pure functions on batches of tensors.
+
+A technique sees ``N`` parameters of one shape at once, as tensors of shape ``[N, *shape]``, through a :class:`Flow`. It
+never reads a value on the host, never loops over parameters and never writes to a weight: it changes the named values of
+the flow, and the engine writes the outcome.
+
+Named values (the only vocabulary that techniques share; all float32 and of shape ``[N, *shape]`` unless said otherwise):
+
+=============  =====================================================================================================
+``grad``       gradient as the techniques before left it
+``param``      weights before this update
+``incoming``   what enters the first moment (the gradient, or its normalized form under ADOPT)
+``damping``    per parameter, ``[N, 1, …]``: factor on ``incoming`` (torque-aware momentum)
+``update``     direction ``u`` of the step, before rates
+``scale``      per parameter, ``[N, 1, …]``: factor on ``update`` that may only be known once sums are reduced
+``lr``         group learning rate now, 0-d or ``[N, 1, …]``; a technique may close it (0) for a parameter
+``rate``       learning rate of every element, 0-d or broadcastable to ``[N, *shape]``
+``decay``      decoupled decay of this step, broadcastable: ``decay · param`` is subtracted
+``pull``       per parameter, ``[N, 1, …]``: share of the way back to the anchor after the step
+``bump_scale`` factor on the bumps of the learning-rate mask
+=============  =====================================================================================================
+
+The engine then writes ``q = param - decay·param - rate·scale·update`` and ``param ← q - pull·(q - anchor)``.
+
+What crosses elements is declared, and only the engine does it, over all chunks and all shards:
+
+* *sums*: :meth:`Technique.sums` returns element-wise tensors, the engine adds them up over the whole (global) parameter
+  and hands the totals, ``[N, 1, …]``, to :meth:`Technique.settle`;
+* *whole matrix*: a technique that names values in ``whole`` gets them complete in :meth:`Technique.whole_matrix`;
+* *over all parameters, at intervals*: :class:`PeriodicTechnique`.
+
+State names are shared vocabulary too: ``exp_avg`` (first moment), ``exp_avg_sq`` (second moment), ``anchor`` (weights
+before the first update), ``lr_mask`` (per-element rate), ``last_sign``. A technique may read state that another declares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hina_optim.state.slot import Slot
+
+__all__ = ["Folded", "Flow", "ParamInfo", "PeriodicTechnique", "Slot", "Sums", "Technique"]
+
+NAMES = frozenset(
+    {"grad", "param", "incoming", "damping", "update", "scale", "lr", "rate", "decay", "pull", "bump_scale"}
+)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """An element-wise tensor to be summed into ``size`` numbers a parameter: element ``i`` (global, flat) goes to ``i % size``."""
+
+    value: Tensor
+    size: int
+
+
+Sums = dict[str, "Tensor | Folded"]
+
+
+@dataclass(frozen=True)
+class ParamInfo:
+    """What is known of the parameters of a bucket before any value is seen (always of the *global* parameter).
+
+    Attributes:
+        shape: Global shape of one parameter.
+        role: What the parameter is to an adapter: ``"lora_a"``, ``"lora_b"``, … or None.
+        paired: True if the other half of the adapter is known.
+    """
+
+    shape: tuple[int, ...]
+    role: str | None = None
+    paired: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of one parameter, over all shards."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def spatial_axes(self) -> tuple[int, ...]:
+        """Axes with a neighborhood, as dims of a ``[N, *shape]`` tensor: both axes of a matrix, the kernel axes of a convolution."""
+        n = len(self.shape)
+        if n < 2:
+            return ()
+        return (1, 2) if n == 2 else tuple(range(3, n + 1))
+
+
+class Flow:
+    """The values of ``N`` parameters on their way through a recipe, during one step.
+
+    ``state`` holds the old state (float32, ``[N, *shape]``, or ``[N, …]`` for slots of fixed shape), read-only; a
+    technique puts new state into ``new``. ``flow["index"]`` (measuring steps only) is the global flat index of every
+    element present, int64 ``[1, *shape]``: a shard or a chunk does not begin at 0.
+    """
+
+    def __init__(
+        self,
+        values: dict[str, Tensor],
+        state: dict[str, Tensor],
+        new: dict[str, Tensor],
+        scalars: dict[str, Tensor],
+        info: ParamInfo,
+    ) -> None:
+        self.values = values
+        self.state = state
+        self.new = new
+        self.scalars = scalars
+        self.info = info
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.values[name] = value
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def get(self, name: str) -> Tensor | None:
+        """The value, or None where no technique has set it."""
+        return self.values.get(name)
+
+    def per_param(self, x: Tensor) -> Tensor:
+        """Reshape ``[N]`` to ``[N, 1, …]`` so that it broadcasts against the parameters present."""
+        return x.reshape(x.shape[0], *([1] * (self.values["grad"].ndim - 1)))
+
+    def scalar(self, technique: Technique, name: str) -> Tensor:
+        """A number a parameter that :meth:`Technique.scalars` computed for this step, ``[N, 1, …]``, float32."""
+        return self.per_param(self.scalars[f"{technique.name}.{name}"])
+
+    @property
+    def count(self) -> float:
+        """Global number of elements of one parameter."""
+        return float(self.info.numel)
+
+
+class Technique:
+    """One technique. Subclasses hold hyper-parameters only; everything remembered lies in declared slots.
+
+    The engine calls, in the order of the recipe: :meth:`whole_matrix` (if ``whole``), :meth:`transform`, :meth:`sums`,
+    and, once the totals are known, :meth:`settle`. The class variables tell the planner what each touches, so that
+    techniques that do not depend on each other's totals share one reduction. ``private`` values are kept under
+    ``"<technique name>.<anything>"`` and need no declaration.
+
+    Attributes:
+        name: Unique in a recipe; prefix of scalars and private values.
+        reads: Named values that :meth:`transform` reads.
+        writes: Named values that :meth:`transform` writes.
+        sums_over: Named values that :meth:`sums` reads; empty means that the technique has no sums (name at least one
+            value, ``grad`` if nothing else, for a technique that has).
+        settles: Named values that :meth:`settle` writes.
+        settle_reads: Named values that :meth:`settle` reads and does not write.
+        whole: Named values that :meth:`whole_matrix` needs complete.
+        whole_is_small: True if :meth:`whole_matrix` returns something of fixed shape (``[N, …]``, kept whole on every
+            shard) instead of ``[N, *info.shape]``.
+    """
+
+    name: ClassVar[str] = ""
+    reads: ClassVar[frozenset[str]] = frozenset()
+    writes: ClassVar[frozenset[str]] = frozenset()
+    sums_over: ClassVar[frozenset[str]] = frozenset()
+    settles: ClassVar[frozenset[str]] = frozenset()
+    settle_reads: ClassVar[frozenset[str]] = frozenset()
+    whole: ClassVar[tuple[str, ...]] = ()
+    whole_is_small: ClassVar[bool] = False
+
+    def slots(self, info: ParamInfo) -> tuple[Slot, ...]:
+        """The state that this technique keeps for such a parameter."""
+        return ()
+
+    def applies(self, info: ParamInfo) -> bool:
+        """Whether the technique means anything for such a parameter; decided on the global shape."""
+        return True
+
+    def scalars(self, t: Tensor) -> dict[str, Tensor]:
+        """Numbers of this step that depend on time alone.
+
+        Args:
+            t: ``[N]``, float64 where the device has it: which update of its life this is for each parameter, from 1.
+
+        Returns:
+            Tensors ``[N]``; read them back with :meth:`Flow.scalar`.
+        """
+        return {}
+
+    def whole_matrix(self, flow: Flow, *complete: Tensor) -> Tensor:
+        """Compute on complete parameters; the piece of the result that lies here is put in ``flow["<name>.whole"]``.
+
+        Args:
+            flow: For hyper-parameters, scalars and state of fixed shape; its element-wise values may be a shard.
+            complete: The values named in ``whole``, ``[N, *info.shape]``.
+
+        Returns:
+            A tensor ``[N, *info.shape]``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} names whole={self.whole} but has no whole_matrix()")
+
+    def transform(self, flow: Flow) -> None:
+        """Change the flow, element by element."""
+
+    def sums(self, flow: Flow) -> Sums:
+        """Element-wise tensors whose sums over the whole parameter :meth:`settle` needs. Changes nothing."""
+        return {}
+
+    def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
+        """Change the flow, knowing the totals (``[N, 1, …]``; ``[N, size]`` for :class:`Folded`)."""
+
+
+class PeriodicTechnique(Technique):
+    """A technique that compares parameters with each other, at intervals.
+
+    In steps 1, 1 + ``interval``, 1 + 2·``interval``, … of a parameter (only then are :meth:`whole_matrix`, :meth:`sums` and
+    :meth:`settle` called; :meth:`transform` runs in every step) it takes its sums, of the raw gradient and the weights
+    before the update if it stands first in the recipe, and keeps them as state of fixed shape. At the start of the next
+    step the engine calls :meth:`refresh` with the small states of *all* parameters, which returns new small state, in
+    force until the next time. The lag of one step makes the outcome the same whether the groups are stepped in one call
+    or one by one, and after a resume at any step. Groups may differ in hyper-parameters: each takes what the technique with its own
+    hyper-parameters makes of the whole population.
+    """
+
+    interval: int = 1
+
+    #: slots (by name) of which refresh() gets every parameter's value
+    population: ClassVar[tuple[str, ...]] = ()
+
+    def measures(self, info: ParamInfo) -> bool:
+        """Whether such a parameter is part of the population."""
+        return True
+
+    def refresh(self, states: dict[str, Tensor], infos: list[ParamInfo], partners: Tensor) -> dict[str, Tensor]:
+        """New small state from the small states of the whole population.
+
+        Must be idempotent: called twice without a measurement in between, it changes nothing the second time. It runs
+        eagerly, at intervals only.
+
+        Args:
+            states: ``{slot name: [P, *slot shape]}`` for the slots named in ``population``.
+            infos: The ``P`` parameters, in the optimizer's order.
+            partners: ``[P]``, int64: index of the other half of the adapter in the population, -1 where none is known.
+
+        Returns:
+            ``{slot name: [P, *slot shape]}``, what changed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no refresh()")

@@ -1,0 +1,234 @@
+"""Names, presets, and what importing the package does not do."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import hina_optim
+from hina_optim import HinaAdaptive, create_optimizer, get_optimizer_info, list_optimizers, list_presets
+from hina_optim.presets import PRESETS, Preset
+from hina_optim.state.precision import PRECISIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESET_IDS = [f"{preset.optimizer}-{preset.name}" for preset in PRESETS]
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6))
+
+
+def train(model, optimizer, steps=2):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(3, 6)).square().mean().backward()
+        optimizer.step()
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def test_lists():
+    assert list_optimizers() == ["HinaAdaptive"]
+    assert list_optimizers("hina*") == ["HinaAdaptive"]
+    assert list_optimizers("lora") == ["HinaAdaptive"]
+    assert list_optimizers("came*") == []
+    assert list_presets() == list_presets("hina_adaptive") == sorted(preset.name for preset in PRESETS)
+
+
+@pytest.mark.parametrize("name", ["HinaAdaptive", "hina_adaptive"])
+def test_both_spellings_build_it(name):
+    assert type(create_optimizer(name, small_model(), lr=1e-4)) is HinaAdaptive
+
+
+@pytest.mark.parametrize("name", ["HinaAdaptiv", "hinaadaptive", "HINAADAPTIVE"])
+def test_a_typo_names_the_nearest(name):
+    with pytest.raises(ValueError, match=r"Did you mean 'HinaAdaptive'\?"):
+        create_optimizer(name, small_model())
+
+
+def test_a_name_far_from_all_lists_them():
+    with pytest.raises(ValueError, match="Known: HinaAdaptive"):
+        get_optimizer_info("sgd")
+    with pytest.raises(ValueError, match="no optimizer named 'sgd'"):
+        list_presets("sgd")
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_records_are_true(name):
+    info = get_optimizer_info(name)
+    assert info.cls.__name__ == info.name == name
+    assert getattr(hina_optim, name) is info.cls
+    assert info.description.endswith(".")
+    assert all(re.fullmatch(r"\d{4}\.\d{5}", paper.arxiv) and paper.arxiv in paper.url for paper in info.papers)
+    assert set(info.state_precisions) <= set(PRECISIONS)
+    assert {preset.name for preset in info.presets} == set(list_presets(name))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        info.name = "other"
+    for precision in info.state_precisions:
+        model = small_model()
+        train(model, create_optimizer(name, model, lr=1e-4, state_precision=precision))
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+# -- parameters --------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_gives_its_trainable_parameters_by_name():
+    model = small_model()
+    model[0].weight.requires_grad_(False)
+    optimizer = create_optimizer("HinaAdaptive", model, lr=1e-4)
+    assert optimizer.param_names() == ["0.bias", "2.weight", "2.bias"]
+
+
+def test_tied_weights_are_one_parameter():
+    model = small_model()
+    model[2].weight = nn.Parameter(model[0].weight.detach().T.contiguous())
+    model.add_module("tied", nn.Linear(6, 5))
+    model.tied.weight = model[0].weight
+    optimizer = create_optimizer("HinaAdaptive", model, lr=1e-4)
+    assert "tied.weight" not in optimizer.param_names()
+    assert len(optimizer.param_names()) == len(list(model.parameters()))
+
+
+def test_a_frozen_model_is_an_error():
+    with pytest.raises(ValueError, match="Sequential has no parameter that requires grad"):
+        create_optimizer("HinaAdaptive", small_model().requires_grad_(False))
+
+
+def test_an_empty_iterable_is_an_error():
+    with pytest.raises(ValueError, match="no parameters"):
+        create_optimizer("HinaAdaptive", iter([]))
+
+
+def test_parameters_groups_and_named_parameters():
+    model = small_model()
+    assert len(create_optimizer("HinaAdaptive", model.parameters(), lr=1e-4).param_groups[0]["params"]) == 4
+    named = create_optimizer("HinaAdaptive", model.named_parameters(), lr=1e-4)
+    assert named.param_names() == [name for name, _ in model.named_parameters()]
+    groups = [{"params": model[0].parameters(), "lr": 3e-4}, {"params": model[2].parameters()}]
+    grouped = create_optimizer("HinaAdaptive", groups, preset="language", lr=1e-4)
+    assert [group["lr"] for group in grouped.param_groups] == [3e-4, 1e-4]
+    assert all(group["lora_rank_penalty"] for group in grouped.param_groups)
+
+
+# -- arguments and presets ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=PRESET_IDS)
+def test_presets_do_what_they_say_and_never_touch_lr(preset):
+    model = small_model()
+    optimizer = create_optimizer(preset.optimizer, model, preset=preset.name, lr=2.5e-4)
+    group = optimizer.param_groups[0]
+    assert group["lr"] == 2.5e-4
+    assert {name: group[name] for name in preset.arguments} == dict(preset.arguments)
+    train(model, optimizer)
+    assert all(p.isfinite().all() for p in model.parameters())
+    default_lr = inspect.signature(get_optimizer_info(preset.optimizer).cls).parameters["lr"].default
+    untouched = create_optimizer(preset.optimizer, small_model(), preset=preset.name)
+    assert untouched.param_groups[0]["lr"] == default_lr
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=PRESET_IDS)
+def test_explicit_arguments_override_every_preset_value(preset):
+    defaults = inspect.signature(get_optimizer_info(preset.optimizer).cls).parameters
+    for name in preset.arguments:
+        default = defaults[name].default
+        optimizer = create_optimizer(preset.optimizer, small_model(), preset=preset.name, **{"lr": 1e-4, name: default})
+        assert optimizer.param_groups[0][name] == default
+
+
+def test_only_image_presets_look_for_edges_and_neighborhoods():
+    looking = {"edge_suppression", "spatial_awareness", "background_regularization"}
+    for preset in PRESETS:
+        on = {name for name in looking if preset.arguments.get(name, False)}
+        assert bool(on) == preset.name.startswith("image"), preset.name
+
+
+def test_presets_are_unique_frozen_and_described():
+    assert len({(preset.optimizer, preset.name) for preset in PRESETS}) == len(PRESETS)
+    assert all(preset.purpose and "\n" not in preset.purpose for preset in PRESETS)
+    with pytest.raises(TypeError):
+        PRESETS[0].arguments["lr"] = 1.0
+    source = {"warmup_steps": 5}
+    preset = Preset("x", "HinaAdaptive", "test", source)
+    source["warmup_steps"] = 6
+    assert preset.arguments["warmup_steps"] == 5
+
+
+@pytest.mark.parametrize("name", ["lr", "params"])
+def test_a_preset_with_lr_cannot_be_made(name):
+    with pytest.raises(ValueError, match=f"sets {name}"):
+        Preset("x", "HinaAdaptive", "test", {name: 1})
+
+
+def test_a_typo_in_a_preset_names_the_nearest():
+    with pytest.raises(ValueError, match=r"no preset named 'langauge'. Did you mean 'language'\?"):
+        create_optimizer("HinaAdaptive", small_model(), preset="langauge")
+    with pytest.raises(ValueError, match="Known: full_finetune"):
+        create_optimizer("HinaAdaptive", small_model(), preset="zzz")
+
+
+def test_argument_errors_come_from_the_class():
+    model = small_model()
+    with pytest.raises(TypeError, match=r"HinaAdaptive: unknown argument 'warmup_step'. Did you mean 'warmup_steps'\?"):
+        create_optimizer("HinaAdaptive", model, warmup_step=3)
+    with pytest.raises(TypeError, match="'fourier_feature_loss' was removed"):
+        create_optimizer("HinaAdaptive", model, fourier_feature_loss=True)
+    with pytest.raises(ValueError, match=r"lr=-1\.0 is not valid"):
+        create_optimizer("HinaAdaptive", model, lr=-1.0)
+
+
+# -- the package -------------------------------------------------------------------------------------------------------
+
+
+def test_version_is_that_of_the_distribution():
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert hina_optim.__version__ == declared[1]
+
+
+def test_everything_exported_is_there():
+    assert all(hasattr(hina_optim, name) for name in hina_optim.__all__)
+
+
+def test_importing_needs_torch_alone_and_does_nothing():
+    code = """
+import logging, sys, threading, time, warnings
+import torch
+def surroundings():
+    flags = {n: str(getattr(torch.backends.cudnn, n)) for n in ("enabled", "benchmark", "deterministic", "allow_tf32")}
+    flags["matmul"] = torch.get_float32_matmul_precision()
+    flags["dtype"] = str(torch.get_default_dtype())
+    flags["threads"] = torch.get_num_threads(), torch.get_num_interop_threads()
+    flags["python threads"] = threading.active_count()
+    flags["root"] = list(logging.getLogger().handlers), logging.getLogger().level
+    flags["rng"] = torch.get_rng_state().sum().item()
+    flags["grad"] = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+    return flags
+before, modules = surroundings(), set(sys.modules)
+start = time.perf_counter()
+warnings.simplefilter("error")
+import hina_optim
+seconds = time.perf_counter() - start
+assert surroundings() == before, (before, surroundings())
+logger = logging.getLogger("hina_optim")
+assert not logger.handlers and logger.level == logging.NOTSET
+new = {m.split(".")[0] for m in set(sys.modules) - modules}
+foreign = {m for m in new if m not in sys.stdlib_module_names} - {"hina_optim", "torch"}
+assert not foreign, foreign
+heavy = {m for m in set(sys.modules) - modules if m in ("torch._dynamo", "torch._inductor", "torch.distributed.tensor")}
+assert not heavy, heavy
+assert seconds < 2.0, seconds
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == result.stderr == ""
