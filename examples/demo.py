@@ -67,7 +67,12 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=os.environ.get("MODEL"), help="local folder or hub name of an encoder (the packaged MiniLM)")
     add("--out", type=Path, default=ROOT / "runs" / "demo", help="folder of the run (runs/demo)")
-    add("--fresh", action="store_true", default=bool(os.environ.get("FRESH")), help="start over, whatever is there")
+    add(
+        "--fresh",
+        action="store_true",
+        default=os.environ.get("FRESH", "0") not in ("", "0"),
+        help="start over, whatever is there",
+    )
     add("--tune", action="store_true", help="find the learning rates again, and nothing else")
     add("--steps", type=int, default=STEPS, help=f"optimizer steps ({STEPS})")
     add("--seed", type=int, default=0, help="of the initial weights and the order of the snippets (0)")
@@ -121,8 +126,9 @@ def describe(results: dict[str, Any], task: Any, args: argparse.Namespace, out: 
     first = next(iter(results.values()))
     width = max(len(label) for label, _, _ in ROWS)
     lines = [
-        f"From which of {classes} packages is a snippet of {SNIPPET_TOKENS} tokens? Measured on {test:,} snippets from files",
-        f"that were not trained on; guessing has a loss of {math.log(classes):.3f} and an accuracy of {1 / classes:.1%}.",
+        f"From which of {classes} packages is a snippet of {SNIPPET_TOKENS} tokens? Measured on {test:,} snippets",
+        "from files that were not trained on; guessing has "
+        f"a loss of {math.log(classes):.3f} and an accuracy of {1 / classes:.1%}.",
         f"Trained: {first['parameters']:,} parameters in {first['tensors']} tensors, LoRA and a linear head, "
         f"in {args.steps} steps.",
         "",

@@ -37,6 +37,7 @@ def quieten() -> None:
     for text in (
         ".*does not have many workers.*",
         ".*module\\(s\\) in eval mode.*",  # the encoder is: no dropout
+        ".*your dataloader is not resumable.*",  # it is told where to begin
         "Experiment logs directory .* exists and is not empty.*",  # what was logged after the last checkpoint
     ):
         warnings.filterwarnings("ignore", message=text)

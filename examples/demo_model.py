@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,23 +120,23 @@ class SnippetClassifier(LightningModule):
 
 
 class Batches:
-    """The batch of a step depends on the seed and the number of the step alone, so a run can go on at any step.
+    """The batches of a run; that of a step depends on the seed and the number of the step alone, so a run can go on.
 
-    Each pass over the split is a new permutation. Lightning asks :meth:`state_dict` for the position when it saves.
+    Each pass over the split is a new permutation.
 
     Args:
         split: The training split.
         size: Snippets of a batch.
         steps: Steps of the whole run.
         seed: Of the order.
-        position: How many steps have been taken.
+        start: Steps that have been taken: the first batch is that of step ``start``.
     """
 
-    def __init__(self, split: Split, size: int, steps: int, seed: int, position: Callable[[], int]) -> None:
-        self.split, self.size, self.steps, self.seed, self.position = split, size, steps, seed, position
-        self.start = 0
+    def __init__(self, split: Split, size: int, steps: int, seed: int, start: int) -> None:
+        self.split, self.size, self.steps, self.seed, self.start = split, size, steps, seed, start
 
     def __len__(self) -> int:
+        """Of the whole run: Lightning counts those that came before."""
         return self.steps
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -145,14 +145,6 @@ class Batches:
             turn, place = divmod(step, per_pass)
             order = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(self.seed * 10007 + turn))
             yield self.split.take(order[place * self.size : (place + 1) * self.size])
-
-    def state_dict(self) -> dict[str, int]:
-        """The step to go on with."""
-        return {"step": self.position()}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on there."""
-        self.start = state["step"]
 
 
 class LayerMasks(Callback):

@@ -119,7 +119,10 @@ def train(task: Task, name: str, optimizer: dict[str, Any], *, steps: int, seed:
 
     seed_everything(seed, verbose=False)
     module = task.module(optimizer)
-    callbacks: list[Any] = [Bar(refresh_rate=5), SaveCheckpoint(checkpoint, CHECKPOINT_EVERY)]
+    callbacks: list[Any] = [
+        Bar(refresh_rate=1 if sys.stderr.isatty() else 20),
+        SaveCheckpoint(checkpoint, CHECKPOINT_EVERY),
+    ]
     if name == "HinaAdaptive":
         callbacks += [LRMaskMonitor(), LayerMasks(), ImportanceMonitor(), VRAMGuard(MEMORY_GB)]
     trainer = Trainer(
@@ -136,7 +139,8 @@ def train(task: Task, name: str, optimizer: dict[str, Any], *, steps: int, seed:
         default_root_dir=folder,
     )
     curve = task.splits["tuning"].every(3).chunks(90)
-    _fit(trainer, module, task.splits["train"], steps, seed, curve, None if step is None else checkpoint)
+    batches = Batches(task.splits["train"], BATCH, steps, seed, step or 0)
+    _fit(trainer, module, batches, curve, None if step is None else checkpoint)
     loss, accuracy = _measure(trainer, module, task.splits["test"])
 
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -161,7 +165,7 @@ def trial(task: Task, optimizer: dict[str, Any], *, steps: int, seed: int) -> fl
     seed_everything(seed, verbose=False)
     module = task.module(optimizer)
     trainer = Trainer(**_common(steps), limit_val_batches=0, logger=False, enable_progress_bar=False)
-    _fit(trainer, module, task.splits["train"], steps, seed, None, None)
+    _fit(trainer, module, Batches(task.splits["train"], BATCH, steps, seed, 0), None, None)
     return _measure(trainer, module, task.splits["tuning"])[0]
 
 
@@ -178,26 +182,19 @@ def _common(steps: int) -> dict[str, Any]:
 
 
 def _fit(
-    trainer: Trainer,
-    module: SnippetClassifier,
-    train_split: Split,
-    steps: int,
-    seed: int,
-    curve: Chunks | None,
-    checkpoint: Path | None,
+    trainer: Trainer, module: SnippetClassifier, batches: Batches, curve: Chunks | None, checkpoint: Path | None
 ) -> None:
     """``trainer.fit``, in which an interrupted run is not taken for a finished one.
 
     Raises:
         Stopped: On Ctrl-C, which Lightning turns into an exit of its own, or another signal to end.
     """
-    batches = Batches(train_split, BATCH, steps, seed, lambda: trainer.global_step)
     try:
         trainer.fit(module, batches, curve, ckpt_path=checkpoint)
     except (SystemExit, KeyboardInterrupt):
         raise Stopped(143 if trainer.received_sigterm else 130) from None
-    if trainer.global_step < steps:
-        raise DemoError(f"The training ended after {trainer.global_step} of {steps} steps.")
+    if trainer.global_step < batches.steps:
+        raise DemoError(f"The training ended after {trainer.global_step} of {batches.steps} steps.")
 
 
 def _measure(trainer: Trainer, module: nn.Module, split: Split) -> tuple[float, float]:

@@ -27,7 +27,7 @@ PACKAGES = (
     *("curses", "turtledemo", "re"),
 )
 #: Snippets of each package in each split.
-SIZES = {"train": 120, "tuning": 30, "test": 60}
+SIZES = {"train": 200, "tuning": 30, "test": 60}
 SMALLEST_FILE = 3000  # bytes; shorter files hold little but imports
 TEST_FOLDERS = {"test", "tests", "idle_test", "__pycache__"}
 
@@ -83,7 +83,7 @@ class Chunks:
 
 
 def load_encoder(model: str) -> tuple[nn.Module, Any]:
-    """The pretrained encoder, frozen and without dropout, and its tokenizer. A local folder is read with the hub off."""
+    """The pretrained encoder, frozen and without dropout, and its tokenizer; the hub is off for a local folder."""
     if Path(model).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

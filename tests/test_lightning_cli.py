@@ -1,9 +1,15 @@
-"""LightningCLI, in this process: the optimizer, its groups and the callbacks from the command line and from a file."""
+"""LightningCLI in this process, from the command line and from a file; and the documentation, which shows it."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
+import json
 import logging
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,3 +187,37 @@ def test_callbacks_and_optimizer_from_a_file(tmp_path, caplog):
     assert {"lr_eff/decay", "lr_mask/no_decay/p50", "mem/pressure"} <= set(header)
     assert optimizer_of(cli).param_groups[0]["warmup_steps"] == 20
     assert "memory pressure" in caplog.text  # a thousandth of a GiB is less than any process has
+
+
+def test_without_lightning_the_import_names_the_extra():
+    code = "import sys; sys.modules['lightning'] = None; import hina_lightning"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "hina_lightning needs Lightning: pip install 'hina-lightning[lightning]'" in done.stderr
+
+
+# -- documentation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["configure", "groups", "schedules", "callbacks.lr_mask_monitor", "callbacks.vram_guard", "callbacks._common"],
+)
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(f"hina_lightning.{name}")
+    assert doctest.testmod(module).failed == 0
+
+
+def test_the_documentation_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parents[1] / "docs" / "lightning.md"
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 6
+    namespace = {"__name__": "__main__"}
+    for block in blocks:
+        capsys.readouterr()
+        exec(compile(block, str(page), "exec"), namespace)
+        promised = "".join(line[2:] + "\n" for line in block.splitlines() if line.startswith("# "))
+        assert not promised or capsys.readouterr().out == promised
+    assert namespace["guard"].actions and namespace["guard"].actions[0]["step"] == 0
+    assert json.loads((tmp_path / "runs" / "importance.json").read_text())["rank_pattern"]

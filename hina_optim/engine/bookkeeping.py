@@ -96,14 +96,28 @@ class Buckets:
 
     def refresh(self, work: Iterable[Bucket]) -> None:
         """Digest what the last step measured, if it measured anything."""
-        for name in population.due(work):
-            population.refresh(name, list(dict.fromkeys(self._of.values())))
+        due = population.due(work)
+        if due:
+            everyone = self._everyone()
+            for name in due:
+                population.refresh(name, everyone)
 
     def advance(self, work: Iterable[Bucket]) -> None:
         """Count the step."""
         for bucket in work:
             bucket.steps.add_(1)
             bucket.step += 1
+
+    def _everyone(self) -> list[Bucket]:
+        """Buckets of all parameters that have state, with a gradient or without, however they came to it (a load, a swap)."""
+        opt = self._optimizer
+        for bucket in set(self._of.values()):
+            if not bucket.views_hold(opt.state):
+                self._drop(bucket)
+        waiting = [p for group in opt.param_groups for p in group["params"] if opt.state.get(p) and p not in self._of]
+        if waiting:
+            self._form(waiting)
+        return list(dict.fromkeys(self._of.values()))
 
     def _is_priming(self, work: Sequence[Bucket]) -> bool:
         """A step with lr 0 and all-zero gradients, as torch's checkpoint code takes to create state: it must not count.

@@ -96,6 +96,7 @@ class HinaOptimizer(torch.optim.Optimizer):
             ValueError: A bad option, a duplicate parameter, or a duplicate group name.
         """
         owner = type(self).__name__
+        found: list[str] = []
         if isinstance(param_group, dict):
             # torch only warns about a parameter that is in one group twice
             group = dict(param_group)
@@ -105,6 +106,10 @@ class HinaOptimizer(torch.optim.Optimizer):
             self.check_group(merged)
             tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
             names = [p[0] if isinstance(p, tuple) else None for p in group["params"]]
+            group["params"] = tensors
+            found = [n for n in names if n is not None]
+            if found and len(found) != len(names):
+                raise ValueError(f"{owner}: group {len(self.param_groups)} mixes named and unnamed parameters; name all or none.")
             if not tensors:
                 raise ValueError(f"{owner}: group {len(self.param_groups)} has no parameters; leave it out.")
             seen: dict[int, str | None] = {}
@@ -127,7 +132,7 @@ class HinaOptimizer(torch.optim.Optimizer):
             param_group = group
         super().add_param_group(param_group)
         # names stay out of the groups: a flattened checkpoint repeats every group value for every parameter
-        self._names.append(self.param_groups[-1].pop("param_names", None))
+        self._names.append(found or None)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError unless every option of a group (defaults filled in) is valid. Subclasses add joint rules."""

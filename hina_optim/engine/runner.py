@@ -28,7 +28,7 @@ __all__ = ["Runner"]
 LIVE_VALUES = 24
 #: Chunks begin at multiples of this many elements.
 GRAIN = 4096
-#: On a CPU chunks are small enough for the values in flight to stay in its caches.
+#: On a CPU, eager chunks are small enough for the values in flight to stay in its caches.
 CPU_CHUNK = 1 << 17
 
 
@@ -76,7 +76,7 @@ class Runner:
     def _cells(self, bucket: Bucket, program: Program) -> Iterator[Cell]:
         itemsize = compute_dtype(bucket.key.dtype).itemsize
         limit = max(GRAIN, self.max_bytes // (LIVE_VALUES * itemsize) // GRAIN * GRAIN)
-        if bucket.key.device.type == "cpu":
+        if bucket.key.device.type == "cpu" and not program.compiled:
             limit = min(limit, CPU_CHUNK)
         device = bucket.key.device
         precise = torch.float32 if device.type == "mps" else torch.float64

@@ -56,15 +56,19 @@ class AdoptNormalization(Technique):
         """Whether the parameter may move, the weights of old and new second moment, and the bound."""
         is_open = (t > 1).to(t.dtype)
         keep = self.beta2 * is_open
-        return {"open": is_open, "keep": keep, "take": 1 - keep, "bound": (t - 1) ** 0.25}
+        bound = (t - 1) ** 0.25
+        divisor = torch.where(bound > 0, bound, 1)
+        return {"open": is_open, "keep": keep, "take": 1 - keep, "bound": bound, "divisor": divisor}
 
     def transform(self, flow: Flow) -> None:
         """Set what enters the first moment, and the new second moment."""
         grad, v = flow["grad"], flow.state["exp_avg_sq"]
         bound = flow.scalar(self, "bound")
         # At t = 1 the bound is 0, and so is what enters, whatever the division gives.
-        flow["incoming"] = torch.clamp(grad / v.sqrt().clamp(min=self.eps), -bound, bound)
-        flow.new["exp_avg_sq"] = flow.scalar(self, "keep") * v + flow.scalar(self, "take") * grad * grad
+        # min(max(x, -bound), bound) as a clip to ±1 of x / bound: clips to numbers run several times faster than to tensors
+        unit = grad / (v.sqrt().clamp(min=self.eps) * flow.scalar(self, "divisor"))
+        flow["incoming"] = unit.clamp(-1, 1) * bound
+        flow.new["exp_avg_sq"] = torch.addcmul(flow.scalar(self, "keep") * v, grad * flow.scalar(self, "take"), grad)
         flow["lr"] = flow["lr"] * flow.scalar(self, "open")
         flow["rate"] = flow["rate"] * flow.scalar(self, "open")
 

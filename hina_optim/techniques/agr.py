@@ -39,5 +39,6 @@ class AdaptiveGradientRegularization(Technique):
     def settle(self, flow: Flow, totals: dict[str, torch.Tensor]) -> None:
         """Apply the factor."""
         grad, total = flow["grad"], totals["magnitude"]
-        share = grad.abs() / torch.where(total > 0, total, 1)
-        flow["grad"] = grad * (1 - share)
+        # the inverse is one number a parameter; a gradient that is zero everywhere has none
+        inverse = torch.where(total > 0, 1 / total, 0)
+        flow["grad"] = torch.addcmul(grad, grad, grad.abs() * inverse, value=-1)

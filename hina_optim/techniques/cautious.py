@@ -35,12 +35,13 @@ class Cautious(Technique):
     def transform(self, flow: Flow) -> None:
         """Mask the update."""
         update = flow["update"]
-        flow["update"] = update * (update.sign() * flow["grad"].sign() > 0)
+        # 1 where the signs agree, 0 elsewhere, without a boolean tensor: those do not vectorize
+        flow["update"] = update * (update.sign() * flow["grad"].sign()).clamp(min=0)
 
     def sums(self, flow: Flow) -> Sums:
         """The mask: where the update agrees with the gradient it is not zero, elsewhere it now is."""
         update = flow["update"]
-        return {"kept": (update != 0).to(update.dtype)}
+        return {"kept": update.sign().abs()}
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Scale so that the mean step is kept."""

@@ -95,12 +95,14 @@ class LearningRateMask(Technique):
         mask, last = flow.state["lr_mask"], flow.state["last_sign"]
         sign = flow["grad"].sign()
         agreement = sign * last
-        bump = torch.where(agreement > 0, flow.scalar(self, "up"), flow.scalar(self, "down")) * agreement
+        bump = agreement * flow.scalar(self, "down")
+        if self.d_coef != 1:
+            bump = bump + agreement.clamp(min=0) * (flow.scalar(self, "up") - flow.scalar(self, "down"))
         bump_scale = flow.get("bump_scale")
         if bump_scale is not None:
             bump = bump * bump_scale
         mask = (mask + bump).clamp(self.min_lr, self.max_lr)
-        seen = (sign != 0) & (flow.scalar(self, "moving") > 0)
+        seen = sign.abs() * flow.scalar(self, "moving")
         flow.new["lr_mask"] = mask
-        flow.new["last_sign"] = torch.where(seen, sign, last)
-        flow["rate"] = flow["rate"] * (mask / self.start_lr)
+        flow.new["last_sign"] = torch.addcmul(last, seen, sign - last)
+        flow["rate"] = mask * (flow["rate"] / self.start_lr)
