@@ -1,7 +1,9 @@
 """Time of one optimizer step beside torch's AdamW, all in one run, interleaved: ``make bench``.
 
-Two workloads: 500 LoRA tensors (rank 16, widths 512 to 4096), and the shapes of a 50M-parameter transformer. Absolute times mean
-little on a shared machine; the ratios to fused AdamW of the same run do. Gradients are fixed; every variant steps in turn.
+Two workloads: 500 LoRA tensors (rank 16, widths 512 to 4096), and the shapes of a 50M-parameter transformer. Absolute
+times mean
+little on a shared machine; the ratios to fused AdamW of the same run do. Gradients are fixed; every variant steps in
+turn.
 """
 
 from __future__ import annotations
@@ -109,14 +111,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench/step_time.json"))
     args = parser.parse_args()
     tables = {}
-    for title, shapes in (("500 LoRA tensors, rank 16", lora_shapes()), ("a 50M-parameter transformer", model_shapes())):
+    for title, shapes in (
+        ("500 LoRA tensors, rank 16", lora_shapes()),
+        ("a 50M-parameter transformer", model_shapes()),
+    ):
         count = sum(torch.Size(s).numel() for s in shapes)
         rows = tables[title] = measure(shapes, args.device, args.rounds, args.quick)
-        print(f"\n{title}: {count / 1e6:.1f}M elements, {args.device}, {torch.get_num_threads()} threads, {args.rounds} rounds")
+        print(
+            f"\n{title}: {count / 1e6:.1f}M elements, {args.device}, {torch.get_num_threads()} threads, "
+            f"{args.rounds} rounds"
+        )
         print(f"{'optimizer':<40} {'ms/step':>9} {'x fused AdamW':>14} {'quartiles':>15} {'first 3 steps':>14}")
         for name, row in rows.items():
             spread = f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}"
-            print(f"{name:<40} {row['ms']:>9.2f} {row['ratio']:>14.2f} {spread:>15} {row['first_three_steps_s']:>12.1f} s")
+            print(
+                f"{name:<40} {row['ms']:>9.2f} {row['ratio']:>14.2f} {spread:>15} {row['first_three_steps_s']:>12.1f} s"
+            )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(tables, indent=1))
 

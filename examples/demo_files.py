@@ -37,6 +37,7 @@ def quieten() -> None:
     for text in (
         ".*does not have many workers.*",
         ".*module\\(s\\) in eval mode.*",  # the encoder is: no dropout
+        "You defined a `validation_step` but have no `val_dataloader`.*",  # when tuning
         ".*your dataloader is not resumable.*",  # it is told where to begin
         "Experiment logs directory .* exists and is not empty.*",  # what was logged after the last checkpoint
     ):

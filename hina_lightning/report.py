@@ -272,7 +272,8 @@ def _draw_memory(figure: Any, metrics: Metrics) -> bool:
         top = max(max(s.values) for s in series.values())
         unit, factor = ("GiB", 1.0) if top >= 0.1 else ("MiB", 1024.0)
         for name, (steps, values) in series.items():
-            axes.plot(steps, [factor * v for v in values], marker=".", label=name.replace("_", " "))
+            style = {"color": "black", "ls": "--", "lw": 1} if name == "limit" else {"marker": "."}
+            axes.plot(steps, [factor * v for v in values], label=name.replace("_", " "), **style)
         for step in _rises(metrics.get("mem/actions")):
             axes.axvline(step, color="black", ls=":", lw=1)
         axes.set_title(title, fontsize="medium")

@@ -82,9 +82,7 @@ def check_all(owner: str, values: Mapping[str, Any], rules: Mapping[str, Rule]) 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Words to append to an error: the known word nearest to a mistyped one, or all of them when none is near."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6) or [
-        k for k in known if k.lower() == word.lower()
-    ]
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6) or [k for k in known if k.lower() == word.lower()]
     return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(known))}."
 
 

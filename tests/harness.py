@@ -1,4 +1,4 @@
-"""Run one technique, or a chain of them, on complete tensors in plain eager torch: what a technique test needs, no engine."""
+"""Run one technique, or a chain of them, on complete tensors in plain eager torch: no engine."""
 
 from __future__ import annotations
 

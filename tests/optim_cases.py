@@ -34,7 +34,8 @@ NOTHING: dict[str, Any] = {
     "dynamic_weight_decay": False,
 }
 
-#: 0-d, 1-d, one element, empty, tall, wide, square, 3-d, 4-d and 5-d kernels, a LoRA pair (names below), two of one shape.
+#: 0-d, 1-d, one element, empty, tall, wide, square, 3-d, 4-d and 5-d kernels, a LoRA pair (names below), two of one
+#: shape.
 SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),
     "one": (1,),

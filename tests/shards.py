@@ -1,4 +1,7 @@
-"""Several shards in one process: a thread a rank, sums through a barrier. A layout that the engine cannot tell from a real one."""
+"""Several shards in one process: a thread a rank, sums through a barrier.
+
+A layout that the engine cannot tell from a real one.
+"""
 
 from __future__ import annotations
 

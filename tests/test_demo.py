@@ -51,6 +51,7 @@ def stop_after(out: Path, optimizer: str, step: int, how: signal.Signals) -> tup
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    time.sleep(0.1)  # a step or two further on, so that it has work to lose
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     assert not (out / optimizer / "result.json").exists(), "it had ended before the signal came"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.optim_cases import EVERYTHING, NOTHING, SHAPES, give, gradients, named_params
 
 from hina_optim import HinaAdaptive
 from hina_optim.reference.hina_adaptive import ReferenceHinaAdaptive
+from tests.optim_cases import EVERYTHING, NOTHING, SHAPES, give, gradients, named_params
 
 PAIR = [(list(SHAPES).index("layer.lora_A.default.weight"), list(SHAPES).index("layer.lora_B.default.weight"))]
 
@@ -34,7 +34,9 @@ ALONE: dict[str, dict[str, Any]] = {
 }
 
 
-def run_both(arguments: dict[str, Any], dtype: torch.dtype, steps: int = 8, lr: float = 3e-4) -> tuple[Any, Any, list[Any]]:
+def run_both(
+    arguments: dict[str, Any], dtype: torch.dtype, steps: int = 8, lr: float = 3e-4
+) -> tuple[Any, Any, list[Any]]:
     """The engine on ``dtype`` parameters, the reference from the same start; the rate follows a schedule."""
     named = named_params(dtype)
     start = [p.detach().double().clone() for _, p in named]
@@ -65,7 +67,9 @@ def test_alone_in_float64(name: str) -> None:
     compare(named, reference, 1e-9)
 
 
-@pytest.mark.parametrize("arguments", [{}, EVERYTHING, {**EVERYTHING, "use_grams": True}], ids=["default", "all", "all+grams"])
+@pytest.mark.parametrize(
+    "arguments", [{}, EVERYTHING, {**EVERYTHING, "use_grams": True}], ids=["default", "all", "all+grams"]
+)
 def test_together_in_float64(arguments: dict[str, Any]) -> None:
     _, reference, named = run_both(arguments, torch.float64, steps=14)
     compare(named, reference, 1e-8)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.optim_cases import EVERYTHING, give, gradients, named_params
-from tests.shards import run_sharded
 
 from hina_optim import HinaAdaptive
+from tests.optim_cases import EVERYTHING, give, gradients, named_params
+from tests.shards import run_sharded
 
 STEPS = 8
 
@@ -31,7 +31,12 @@ def test_same_trajectory(arguments: dict[str, Any], size: int, by_rows: bool) ->
     expected = whole(torch.float64, arguments)
     start = [(name, p.detach()) for name, p in named_params(torch.float64)]
     found, _ = run_sharded(
-        start, gradients, lambda named: HinaAdaptive(named, lr=3e-4, **arguments), size=size, steps=STEPS, by_rows=by_rows
+        start,
+        gradients,
+        lambda named: HinaAdaptive(named, lr=3e-4, **arguments),
+        size=size,
+        steps=STEPS,
+        by_rows=by_rows,
     )
     for (name, _), a, b in zip(start, expected, found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
@@ -41,11 +46,22 @@ def test_same_trajectory(arguments: dict[str, Any], size: int, by_rows: bool) ->
 def test_float32_and_bf16_round_alike(size: int) -> None:
     """Stochastic rounding draws by global element: a shard of a bf16 parameter rounds as the whole one does."""
     for dtype, close in ((torch.float32, 1e-6), (torch.bfloat16, 0.0)):
-        arguments = {"use_spd": False, "use_tam": False, "use_agr": False, "use_cautious": False, "use_dynamic_adaptation": False}
+        arguments = {
+            "use_spd": False,
+            "use_tam": False,
+            "use_agr": False,
+            "use_cautious": False,
+            "use_dynamic_adaptation": False,
+        }
         expected = whole(dtype, arguments)
         start = [(name, p.detach()) for name, p in named_params(dtype)]
         found, _ = run_sharded(
-            start, gradients, lambda named: HinaAdaptive(named, lr=3e-4, **arguments), size=size, steps=STEPS, by_rows=True
+            start,
+            gradients,
+            lambda named, arguments=arguments: HinaAdaptive(named, lr=3e-4, **arguments),
+            size=size,
+            steps=STEPS,
+            by_rows=True,
         )
         for a, b in zip(expected, found, strict=True):
             torch.testing.assert_close(a, b, rtol=close, atol=close)
@@ -67,5 +83,6 @@ def test_one_reduction_a_phase() -> None:
         )
         counts.append(world.reductions)
         assert world.gathers == 0
-    # 5 steps of 3 phases (gradient sums, torque, cautious with projection decay), and one look for zero weights at the start
+    # 5 steps of 3 phases (gradient sums, torque, cautious with projection decay), and one look for zero weights at
+    # the start
     assert counts == [5 * 3 + 1, 5 * 3 + 1]

@@ -160,3 +160,284 @@ def uninterrupted() -> dict[str, State]:
 def test_a_new_process_goes_on_to_the_bit(folder: Path, uninterrupted: dict[str, State], case: str, stop: int) -> None:
     """Weights, every state, group options and the schedule."""
     same_bits(torch.load(folder / f"{case}@{stop}.finished", weights_only=True), uninterrupted[case])
+
+
+def trained(case: str = "bf16", steps: int = 5) -> Training:
+    dtype, arguments = CASES[case]
+    training = Training(dtype, arguments)
+    training.run(steps)
+    return training
+
+
+def tensors(optimizer: HinaAdaptive) -> list[Tensor]:
+    return [x for state in optimizer.state.values() for x in state.values()]
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def test_saving_changes_nothing_and_holds_only_plain_values(uninterrupted: dict[str, State]) -> None:
+    training = Training(*CASES["bf16"])
+    for _ in range(STEPS):
+        training.run(1)
+        torch.load(io.BytesIO(saved_bytes(training.optimizer.state_dict())), weights_only=True)
+    same_bits(training.save(), uninterrupted["bf16"])
+
+
+def saved_bytes(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("case", ["fp32", "bf16", "bf16-state-bf16-kahan"])
+def test_every_dtype_survives(case: str) -> None:
+    """torch's own loading would cast all of it to the parameters' dtype: signs, counters, float32 moments."""
+    training = trained(case)
+    other = Training(*CASES[case])
+    other.load(torch.load(io.BytesIO(saved_bytes(training.save())), weights_only=True))
+    bf16_state = CASES[case][1].get("state_precision") == "bf16"
+    for _, p in other.named:
+        state, expected = other.optimizer.state[p], training.optimizer.state
+        mine = next(s for q, s in expected.items() if q.shape == p.shape and torch.equal(q, p))
+        assert {k: v.dtype for k, v in state.items()} == {k: v.dtype for k, v in mine.items()}
+        assert state["step"].dtype == torch.float32 and state["step"].shape == () and state["step"].device.type == "cpu"
+        assert state["last_sign"].dtype == torch.int8
+        assert state["exp_avg"].dtype == (BF16 if bf16_state else torch.float32)
+        assert state["anchor"].dtype == p.dtype
+
+
+def test_loaded_state_is_not_the_callers() -> None:
+    """Neither does training go on in the caller's tensors, nor does writing to these change the optimizer."""
+    training, other = trained(), Training(*CASES["bf16"])
+    training.optimizer.param_groups[0]["lr"] = torch.tensor(LR)
+    saved = copy.deepcopy(training.save())
+    untouched = copy.deepcopy(saved)
+    other.load(saved)
+    other.run(2)
+    other.optimizer.param_groups[0]["lr"].zero_()
+    same_bits(saved, untouched)
+    here = copy.deepcopy(other.optimizer.state_dict())
+    for state in saved["optimizer"]["state"].values():
+        for x in state.values():
+            x.fill_(3)
+    same_bits(other.optimizer.state_dict(), here)
+
+
+def test_loading_twice_is_loading_once() -> None:
+    """Frameworks load what they have just saved (Accelerate does in prepare)."""
+    training, other = trained(), trained()
+    for _ in range(2):
+        other.optimizer.load_state_dict(other.optimizer.state_dict())
+        same_bits(other.save(), training.save())
+    training.run(4)
+    other.run(4)
+    same_bits(other.save(), training.save())
+
+
+def test_an_empty_state_loads_and_empties() -> None:
+    """A state dict from before the first step is one: nothing is left of what was there."""
+    fresh, used = Training(*CASES["fp32"]), trained("fp32")
+    with torch.no_grad():
+        for (_, p), (_, q) in zip(used.named, fresh.named, strict=True):
+            p.copy_(q)
+    used.optimizer.load_state_dict(fresh.optimizer.state_dict())
+    used.schedule.load_state_dict(fresh.schedule.state_dict())
+    used.step_count = 0
+    for training in (fresh, used):
+        training.run(4)
+    same_bits(used.save(), fresh.save())
+
+
+def by_name(training: Training) -> dict[str, State]:
+    return {name: training.optimizer.state[p] for name, p in training.named}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_by_name_in_another_order(groups: int) -> None:
+    """Names decide where both sides have them, for groups too: nobody's state, decay or rate is given to another."""
+    training = trained("fp32", 5)
+    reversed_params = named_params(torch.float32, seed=5)[::-1]
+    other = Training(*CASES["fp32"], named=reversed_params)
+    if groups == 2:
+        training = Training(*CASES["fp32"])
+        split(training, training.named[:6], training.named[6:])
+        training.run(5)
+        split(other, reversed_params[:8], reversed_params[8:], decay=(0.5, 0.6))
+    other.load(torch.load(io.BytesIO(saved_bytes(training.save())), weights_only=True))
+    same_bits(by_name(other), by_name(training))
+    for ours in other.optimizer.param_groups:
+        theirs = next(
+            g for g in training.optimizer.param_groups if any(torch.equal(p, ours["params"][0]) for p in g["params"])
+        )
+        assert ours["weight_decay"] == theirs["weight_decay"]
+    training.run(STEPS - 5)
+    other.run(STEPS - 5)
+    for (name, p), (_, q) in zip(sorted(other.named), sorted(training.named), strict=True):
+        # means over all parameters are summed in another order
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def split(training: Training, first: Any, second: Any, decay: tuple[float, float] = (0.1, 0.2)) -> None:
+    """Give a training a new optimizer with two groups."""
+    groups = [{"params": g, "weight_decay": d} for g, d in zip((first, second), decay, strict=True)]
+    training.optimizer = HinaAdaptive(groups, lr=LR, **CASES["fp32"][1])
+    training.schedule = torch.optim.lr_scheduler.LambdaLR(training.optimizer, lambda s: 1 / (1 + s))
+
+
+def test_other_groups_are_refused() -> None:
+    """Where names are in other groups than before, the groups' options fit nobody."""
+    training, other = Training(*CASES["fp32"]), Training(*CASES["fp32"])
+    split(training, training.named[:6], training.named[6:])
+    split(other, other.named[:7], other.named[7:])
+    training.run(2)
+    with pytest.raises(ValueError, match="group"):
+        other.load(training.save())
+
+
+@pytest.mark.parametrize("unnamed", ["saved", "loading", "both"])
+def test_by_place_without_names(unnamed: str) -> None:
+    """Without names on both sides, the order decides, as in torch."""
+
+    def build(named: bool) -> tuple[list[nn.Parameter], HinaAdaptive]:
+        params = [nn.Parameter(torch.full((3, 2), float(i))) for i in range(4)]
+        given = [(f"p{i}", p) for i, p in enumerate(params)] if named else params
+        return params, HinaAdaptive(given, lr=LR)  # type: ignore[arg-type]
+
+    params, optimizer = build(unnamed == "loading")
+    for p in params:
+        p.grad = p.detach() + 1
+    optimizer.step()
+    others, loading = build(unnamed == "saved")
+    loading.load_state_dict(torch.load(io.BytesIO(saved_bytes(optimizer.state_dict())), weights_only=True))
+    for p, q in zip(params, others, strict=True):
+        same_bits(loading.state[q], optimizer.state[p])
+
+
+def test_a_switched_off_technique_leaves_a_checkpoint_that_loads() -> None:
+    """Editing an option in the middle of a run must not make its checkpoints unloadable."""
+    training = trained("fp32", 5)
+    training.optimizer.param_groups[0]["use_lr_mask"] = False
+    training.run(1)
+    other = Training(*CASES["fp32"])
+    other.load(torch.load(io.BytesIO(saved_bytes(training.save())), weights_only=True))
+    training.run(3)
+    other.run(3)
+    same_bits(other.save(), training.save())
+    assert not any("lr_mask" in state for state in training.optimizer.state.values())
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("case", ["fp32", "bf16-state-bf16-kahan"])
+def test_a_copy_goes_on_alone(case: str, how: str) -> None:
+    """A copy has everything (names too), trains exactly as the original would, and shares nothing with it."""
+    training = trained(case)
+    bundle = (training.named, training.optimizer)
+    named, optimizer = copy.deepcopy(bundle) if how == "deepcopy" else pickle.loads(pickle.dumps(bundle))
+    before = copy.deepcopy(training.save())
+    twin = Training(*CASES[case])
+    twin.named, twin.optimizer, twin.step_count = named, optimizer, training.step_count
+    assert twin.optimizer.param_names() == training.optimizer.param_names()
+    twin.schedule = torch.optim.lr_scheduler.LambdaLR(twin.optimizer, training.schedule.lr_lambdas[0])
+    twin.schedule.load_state_dict(training.schedule.state_dict())
+    twin.optimizer.param_groups[0]["lr"] = training.optimizer.param_groups[0]["lr"]
+    twin.run(STEPS - twin.step_count)
+    same_bits(training.save(), before)
+    training.run(STEPS - training.step_count)
+    same_bits(twin.save(), training.save())
+
+
+@pytest.mark.parametrize("of", ["optimizer", "state_dict"])
+@pytest.mark.parametrize("way", ["pickle", "torch.save"])
+def test_size_of_a_copy_is_linear(of: str, way: str) -> None:
+    """State of small parameters lies in common stacks; a pickle must not carry a whole stack for every one of them."""
+    sizes = []
+    for count in (50, 200):
+        params = [(f"p{i}", nn.Parameter(torch.randn(16, 16))) for i in range(count)]
+        optimizer = HinaAdaptive(params, lr=LR)
+        for _, p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        state = sum(x.numel() * x.element_size() for x in tensors(optimizer))
+        value = optimizer if of == "optimizer" else optimizer.state_dict()
+        size = len(pickle.dumps(value) if way == "pickle" else saved_bytes(value))
+        assert size < 3 * state + 20_000
+        sizes.append(size)
+    assert sizes[1] < 4.2 * sizes[0]
+
+
+# -- torch.distributed.checkpoint ----------------------------------------------------------------------------------
+
+
+def small_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 3), nn.Conv2d(2, 3, 2), nn.LayerNorm(3))
+
+
+def train_model(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_priming_by_torch_leaves_no_trace() -> None:
+    """torch's checkpoint code steps a fresh optimizer with zero gradients and lr 0 to create its state."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model, plain = small_model(), small_model()
+    optimizer, expected = (HinaAdaptive(m.named_parameters(), lr=LR, **EVERYTHING) for m in (model, plain))
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert set(saved["state"]) == {name for name, _ in model.named_parameters()}
+    same_bits(dict(model.named_parameters()), dict(plain.named_parameters()))
+    assert all(float(s["step"]) == 0 for s in optimizer.state.values())
+    assert optimizer.param_groups[0]["lr"] == LR
+    for m, o in ((model, optimizer), (plain, expected)):
+        train_model(m, o, 5)
+    same_bits(optimizer.state_dict(), expected.state_dict())
+    same_bits(dict(model.named_parameters()), dict(plain.named_parameters()))
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+def test_through_torchs_checkpoint_calls(dtype: torch.dtype, flat: bool) -> None:
+    """``get_optimizer_state_dict`` and ``set_optimizer_state_dict`` on a fresh optimizer: weights, state, continuation."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, other = small_model().to(dtype), small_model().to(dtype)
+    optimizer, fresh = (HinaAdaptive(m.named_parameters(), lr=LR, **EVERYTHING) for m in (model, other))
+    train_model(model, optimizer, 5)
+    saved = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+    saved = torch.load(io.BytesIO(saved_bytes(saved)), weights_only=True)
+    other.load_state_dict(model.state_dict())
+    weights = copy.deepcopy(other.state_dict())
+    dcp.set_optimizer_state_dict(other, fresh, saved, options=options)
+    same_bits(other.state_dict(), weights)
+    same_bits(fresh.state_dict()["state"], optimizer.state_dict()["state"])
+    for m, o in ((model, optimizer), (other, fresh)):
+        train_model(m, o, 5, seed=1)
+    same_bits(other.state_dict(), model.state_dict())
+
+
+def test_flattened_state_is_linear_in_the_number_of_parameters() -> None:
+    """Names kept in a group would be repeated for every parameter of it."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    sizes = []
+    for count in (20, 80):
+        model = nn.ParameterDict({f"p{i}": nn.Parameter(torch.randn(3)) for i in range(count)})
+        optimizer = HinaAdaptive(model.named_parameters(), lr=LR)
+        train_model(model, optimizer, 1)
+        options = dcp.StateDictOptions(flatten_optimizer_state_dict=True)
+        sizes.append(len(saved_bytes(dcp.get_optimizer_state_dict(model, optimizer, options=options))))
+        for group in optimizer.param_groups:
+            plain = (bool, int, float, str, type(None))
+            for key, value in group.items():
+                assert key == "params" or isinstance(value, plain) or key == "betas", key
+    assert sizes[1] < 4.2 * sizes[0]

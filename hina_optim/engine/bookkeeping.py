@@ -1,8 +1,9 @@
 """Which parameters run together: buckets are formed, checked at every step, and formed again when something changed.
 
-Frameworks replace parameters, state dicts and group options behind an optimizer's back. Nothing is trusted from one step to
-the next: every step looks at what the groups hold, and a bucket whose parameters, views or options are no longer what it
-was built for is built again from ``optimizer.state``, which is always true.
+Frameworks replace parameters, state dicts and group options behind an optimizer's back. Nothing is trusted from one
+step to
+the next: every step looks at what the groups hold, and a bucket whose parameters, views or options are no longer what
+it was built for is built again from ``optimizer.state``, which is always true.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Buckets:
         self._optimizer = optimizer
         self._of: dict[Tensor, Bucket] = {}
         self._options: dict[int, tuple[Any, ...]] = {}
-        self._alone: set[int] = set()  # positions of parameters that were once without a gradient when their bucket had one
+        self._alone: set[int] = (
+            set()
+        )  # positions of parameters that were once without a gradient when their bucket had one
         self._said: set[str] = set()
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -73,15 +76,15 @@ class Buckets:
             if bucket is not None:
                 hits[bucket] = hits.get(bucket, 0) + 1
         for bucket, count in hits.items():
-            changed = any(
-                p.shape != bucket.key.local_shape or p.device != bucket.key.device for p in bucket.params
-            )
+            changed = any(p.shape != bucket.key.local_shape or p.device != bucket.key.device for p in bucket.params)
             if count != bucket.size:
                 self._alone.update(m.position for m in bucket.members if m.param not in wanted)
             if changed or count != bucket.size or not bucket.views_hold(self._optimizer.state):
                 self._drop(bucket)
         homeless = [p for p in params if p not in self._of]
         if homeless:
+            if not self._optimizer.state:
+                self._optimizer.before_state()
             self._form(homeless)
 
     def program(self, bucket: Bucket) -> Program:
@@ -109,7 +112,7 @@ class Buckets:
             bucket.step += 1
 
     def _everyone(self) -> list[Bucket]:
-        """Buckets of all parameters that have state, with a gradient or without, however they came to it (a load, a swap)."""
+        """Buckets of all parameters that have state, however they came to it (a load, a swap)."""
         opt = self._optimizer
         for bucket in set(self._of.values()):
             if not bucket.views_hold(opt.state):
@@ -173,22 +176,28 @@ class Buckets:
         """What is known of each parameter, with the index of its group."""
         opt = self._optimizer
         wanted = set(params)
-        names, places = opt.param_names(), []
-        for g, group in enumerate(opt.param_groups):
-            places += [(g, i, p) for i, p in enumerate(group["params"])]
+        names, places = opt.param_names(), self._places()
         shapes = [opt._layout.shard(p).shape for _, _, p in places]
-        positions = [(g << 24) | i for g, i, _ in places]
+        positions = [position for position, _, _ in places]
         partner: dict[int, int] = {}
         for a, b in find_pairs(names, shapes):
             partner[a], partner[b] = positions[b], positions[a]
         found = []
-        for at, (g, _, p) in enumerate(places):
+        for at, (_, g, p) in enumerate(places):
             if p in wanted:
+                if hasattr(p, "device_mesh") and not opt._layout.sharded:
+                    raise RuntimeError(
+                        f"parameter {names[at]} is a DTensor (FSDP2 or tensor parallelism), which "
+                        f"{type(opt).__name__} cannot "
+                        "step yet: bind_layout() a layout that knows its shards, or train in one process or with DDP."
+                    )
                 shard = opt._layout.shard(p)
                 info = ParamInfo(shard.shape, role_of(names[at], shard.shape), at in partner)
                 key = opt._layout.key(p, positions[at])
                 state = opt.state[p] if p in opt.state else {}
-                found.append((g, Member(p, names[at], positions[at], key, info, shard, state, partner=partner.get(at, -1))))
+                found.append(
+                    (g, Member(p, names[at], positions[at], key, info, shard, state, partner=partner.get(at, -1)))
+                )
         return found
 
     def _recipe(self, g: int, info: ParamInfo) -> tuple[tuple[Technique, ...], tuple[Slot, ...]]:
@@ -227,7 +236,7 @@ class Buckets:
         return m.position in zero and m.param.ndim > 0
 
     def _check_state(self, m: Member, slots: Sequence[Slot], anchors: frozenset[str], group: dict[str, Any]) -> None:
-        """State that exists must fit the parameter; what a newly switched-on technique lacks begins afresh, and is said."""
+        """State that exists must fit the parameter; what a technique lacks that came later begins afresh, and is said."""
         if not m.state:
             return
         missing = []
@@ -248,15 +257,18 @@ class Buckets:
                 if have.device != m.param.device:
                     raise RuntimeError(
                         f"parameter {m.name} is on {m.param.device}, but its state {slot.name!r} is on {have.device}: "
-                        "move the model before building the optimizer, or load the optimizer's state_dict again after the move."
+                        "move the model before building the optimizer, or load the optimizer's state_dict again "
+                        "after the move."
                     )
         if missing:
-            self._say(f"state of {m.name} has no {', '.join(missing)} (a technique was switched on later); beginning afresh")
+            self._say(
+                f"state of {m.name} has no {', '.join(missing)} (a technique was switched on later); beginning afresh"
+            )
 
     # -- upkeep ------------------------------------------------------------------------------------------------------
 
     def _check_options(self) -> None:
-        """Give the buckets of a group whose options changed their new recipe; form them again if it keeps other state."""
+        """Give the buckets of a group whose options changed their new recipe; form them again if its state differs."""
         for g, group in enumerate(self._optimizer.param_groups):
             options = tuple(v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "name"))
             if self._options.get(g) != options:
@@ -290,20 +302,44 @@ class Buckets:
                     known.add(part)
                     have = entry.get(part)
                     if not isinstance(have, Tensor):
-                        raise ValueError(f"{owner}: the state of {m.name} lacks {part!r}: the checkpoint is truncated, or another optimizer's.")
+                        raise ValueError(
+                            f"{owner}: the state of {m.name} lacks {part!r}: the checkpoint is truncated, or "
+                            f"another optimizer's."
+                        )
                     zero = slot.constant and have.ndim == 0
                     shape = codec.part_shape(suffix, () if zero else slot.local_shape(tuple(m.param.shape)))
                     if tuple(have.shape) != shape:
-                        raise ValueError(f"{owner}: the state {part!r} of {m.name} has shape {tuple(have.shape)}, expected {shape}: another model.")
+                        raise ValueError(
+                            f"{owner}: the state {part!r} of {m.name} has shape {tuple(have.shape)}, expected "
+                            f"{shape}: another model."
+                        )
                     if have.dtype != dtype:
                         self._say(f"loaded {part} of {m.name} as {have.dtype}; it will be kept as {dtype}")
             unknown = sorted(set(entry) - known)
             if unknown:
-                raise ValueError(f"{owner}: the state of {m.name} has {', '.join(unknown)}, which this optimizer does not keep: another optimizer's checkpoint.")
+                raise ValueError(
+                    f"{owner}: the state of {m.name} has {', '.join(unknown)}, which this optimizer does not "
+                    f"keep: another optimizer's checkpoint."
+                )
 
-    def forget(self) -> None:
-        """Form all buckets again at the next step (state was replaced)."""
+    def forget(self, alone: Iterable[int]) -> None:
+        """Form all buckets again at the next step (state was replaced); parameters at the places ``alone`` run alone."""
         self._of.clear()
+        positions = [position for position, _, _ in self._places()]
+        self._alone = {positions[at] for at in alone}
+
+    def alone(self) -> list[int]:
+        """Places, in the order of the groups, of parameters that run alone because they once lacked a gradient.
+
+        Saved, because some operations round differently on a stack (Fourier transforms): a resumed run must stack what
+        the uninterrupted one does.
+        """
+        return [at for at, (position, _, _) in enumerate(self._places()) if position in self._alone]
+
+    def _places(self) -> list[tuple[int, int, Tensor]]:
+        """Position (a number for group and place in it), index of the group, and parameter, in the order of the groups."""
+        groups = enumerate(self._optimizer.param_groups)
+        return [((g << 24) | i, g, p) for g, group in groups for i, p in enumerate(group["params"])]
 
     def convert(self, precision: str) -> None:
         """Store all state in another precision."""

@@ -1,8 +1,8 @@
 """Parameters of one shape, updated together.
 
-A bucket owns the stored state of its parameters as stacks ``[N, …]``; ``optimizer.state[p][name]`` are views of them, so
-the ordinary state dict is always true. Small parameters share a bucket; a large one is a bucket of its own, whose stacks
-are views of its own tensors and cost no copy.
+A bucket owns the stored state of its parameters as stacks ``[N, …]``; ``optimizer.state[p][name]`` are views of them,
+so the ordinary state dict is always true. Small parameters share a bucket; a large one is a bucket of its own, whose
+stacks are views of its own tensors and cost no copy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hina_optim.state.precision import Codec, codec_for, compute_dtype
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import ParamInfo, Technique
 
-__all__ = ["Bucket", "BucketKey", "Member", "SOLO_NUMEL"]
+__all__ = ["SOLO_NUMEL", "Bucket", "BucketKey", "Member"]
 
 #: Parameters with more elements than this are not stacked: a copy would cost more than the kernels it saves.
 SOLO_NUMEL = 1 << 18
@@ -85,7 +85,8 @@ class Bucket:
         self.chain = tuple(chain)
         self.step = key.step
         self.codecs: dict[str, Codec] = {s.name: codec_for(s, group["state_precision"], key.dtype) for s in self.slots}
-        self.keys = torch.tensor([m.key for m in members], dtype=torch.int32).to(key.device)
+        # wrapped to 32 bits: from the 128th group on, a position needs more
+        self.keys = torch.tensor([m.key for m in members]).to(torch.int32).to(key.device)
         self.storage: dict[str, Tensor] = {}
         self.programs: dict[frozenset[str], Any] = {}
         self._adopt()
@@ -120,14 +121,21 @@ class Bucket:
             shapes = self.part_shapes(slot)
             fresh: dict[str, Tensor] | None = None
             for (part, shape), dtype in zip(shapes.items(), codec.parts.values(), strict=True):
-                have = [m.state.get(part) for m in self.members]
-                if all(h is None for h in have):
+                missing = [part not in m.state for m in self.members]
+                if any(missing):
                     fresh = fresh or self._initial(slot)
+                if fresh is not None and all(missing):
                     stacks[part] = fresh[part]
                 elif n == 1:
-                    stacks[part] = have[0].unsqueeze(0).to(dtype)
+                    # contiguous, because a chunk is a range of its flat view
+                    stacks[part] = self.members[0].state[part].unsqueeze(0).to(dtype).contiguous()
                 else:
-                    stacks[part] = torch.stack([h.to(dtype) for h in have])
+                    stacks[part] = torch.stack(
+                        [
+                            fresh[part][i] if fresh is not None and missing[i] else m.state[part].to(dtype)
+                            for i, m in enumerate(self.members)
+                        ]
+                    )
                 if stacks[part].shape != (n, *shape):
                     raise RuntimeError(f"state {part!r} has shape {tuple(stacks[part].shape[1:])}, expected {shape}")
         steps = torch.full((n,), float(self.step))
@@ -138,6 +146,8 @@ class Bucket:
         self.steps, self.skipped = steps, stack_skipped
         self.views: list[tuple[dict[str, Any], str, Tensor]] = []
         for i, member in enumerate(self.members):
+            for name in [k for k in member.state if k not in stacks]:
+                del member.state[name]  # of a technique that was switched off; a checkpoint with it would not load
             member.state["step"] = steps[i]
             member.state["skipped"] = stack_skipped[i]
             for name, stack in stacks.items():

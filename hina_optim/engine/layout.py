@@ -52,7 +52,10 @@ class Layout(Protocol):
         """Which elements of ``param`` are here."""
 
     def key(self, param: Tensor, position: int) -> int:
-        """A number for a parameter that is the same on every rank, world size and resume (``position``: its place in the groups)."""
+        """A number for a parameter that is the same on every rank, world size and resume.
+
+        ``position`` is its place in the groups.
+        """
 
     def all_reduce(self, packed: Tensor) -> Tensor:
         """The sum of a flat vector over all shards."""
@@ -81,4 +84,3 @@ class LocalLayout:
     def gather(self, local: Tensor, shard: Shard) -> Tensor:
         """It is complete already."""
         return local
-

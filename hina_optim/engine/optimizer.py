@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hina_optim import arguments as rule
-from hina_optim.engine.layout import Layout, LocalLayout
 from hina_optim.engine.bookkeeping import Buckets
+from hina_optim.engine.layout import Layout, LocalLayout
 from hina_optim.engine.runner import Runner
 from hina_optim.state import checkpoint
 from hina_optim.state.precision import PRECISIONS
@@ -38,8 +39,8 @@ class HinaOptimizer(torch.optim.Optimizer):
     live in ``param_groups`` and ``defaults`` only, state in ``state[p]`` only, as tensors: copies, pickles and
     checkpoints lose nothing. A user's own recipe is a subclass that overrides :meth:`recipe`.
 
-    Each group also gets ``start_lr``, the learning rate it was added with: per-element rates follow a scheduler through the ratio
-    of ``lr`` to it.
+    Each group also gets ``start_lr``, the learning rate it was added with: per-element rates follow a scheduler
+    through the ratio of ``lr`` to it.
     """
 
     RULES: ClassVar[dict[str, rule.Rule]] = ENGINE_RULES
@@ -68,13 +69,13 @@ class HinaOptimizer(torch.optim.Optimizer):
         self._layout: Layout = LocalLayout()
         self._buckets = Buckets(self)
         rule.check_all(type(self).__name__, defaults, self.RULES)
-        params = list(params)  # type: ignore[arg-type]
-        if not params:
+        given: list[Any] = list(params)
+        if not given:
             raise ValueError(
                 f"{type(self).__name__}: got no parameters: the list (or generator, used up already?) is empty. "
                 "Pass model.parameters() of a model in which something requires grad."
             )
-        super().__init__(params, defaults)  # type: ignore[arg-type]
+        super().__init__(given, defaults)
 
     # -- recipe --------------------------------------------------------------------------------------------------
 
@@ -109,7 +110,9 @@ class HinaOptimizer(torch.optim.Optimizer):
             group["params"] = tensors
             found = [n for n in names if n is not None]
             if found and len(found) != len(names):
-                raise ValueError(f"{owner}: group {len(self.param_groups)} mixes named and unnamed parameters; name all or none.")
+                raise ValueError(
+                    f"{owner}: group {len(self.param_groups)} mixes named and unnamed parameters; name all or none."
+                )
             if not tensors:
                 raise ValueError(f"{owner}: group {len(self.param_groups)} has no parameters; leave it out.")
             seen: dict[int, str | None] = {}
@@ -121,9 +124,13 @@ class HinaOptimizer(torch.optim.Optimizer):
                     )
                 seen[id(p)] = name
                 if isinstance(p, Tensor) and p.is_complex():
-                    raise ValueError(f"{owner}: {name or 'a parameter'} is complex; view it as real (torch.view_as_real).")
+                    raise ValueError(
+                        f"{owner}: {name or 'a parameter'} is complex; view it as real (torch.view_as_real)."
+                    )
                 if isinstance(p, Tensor) and not p.is_floating_point():
-                    raise ValueError(f"{owner}: {name or 'a parameter'} has dtype {p.dtype}; only floating point can be trained.")
+                    raise ValueError(
+                        f"{owner}: {name or 'a parameter'} has dtype {p.dtype}; only floating point can be trained."
+                    )
             group_name = group.get("name")
             if group_name is not None and any(g.get("name") == group_name for g in self.param_groups):
                 raise ValueError(f"{owner}: two groups are named {group_name!r}; names must be unique.")
@@ -150,7 +157,7 @@ class HinaOptimizer(torch.optim.Optimizer):
     # -- step ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one update.
 
         Args:
@@ -160,7 +167,8 @@ class HinaOptimizer(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: A sparse gradient, or a parameter whose shape or device is not that of its state. Nothing has changed then.
+            RuntimeError: A sparse gradient, or a parameter whose shape or device is not that of its state. Nothing
+                has changed then.
         """
         loss = None
         if closure is not None:
@@ -174,6 +182,13 @@ class HinaOptimizer(torch.optim.Optimizer):
             self._buckets.advance(work)
         return loss
 
+    def before_state(self) -> None:
+        """Called once before any state is allocated; an optimizer with a memory budget checks it here."""
+
+    def agree(self, here: bool) -> bool:
+        """Whether it is so on any rank: what one must do, all do."""
+        return bool(self._layout.all_reduce(torch.tensor([float(here)])))
+
     def init_state(self) -> None:
         """Allocate the state of every parameter that requires grad now, instead of at its first step."""
         with torch.no_grad():
@@ -186,7 +201,9 @@ class HinaOptimizer(torch.optim.Optimizer):
             RuntimeError: There is state already.
         """
         if self.state:
-            raise RuntimeError(f"{type(self).__name__}: bind_layout() comes before the first step; there is state already.")
+            raise RuntimeError(
+                f"{type(self).__name__}: bind_layout() comes before the first step; there is state already."
+            )
         self._layout = layout
 
     # -- memory --------------------------------------------------------------------------------------------------
@@ -236,6 +253,7 @@ class HinaOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State, groups, and under ``"hina"`` what lets :meth:`load_state_dict` check that they belong here."""
         result = super().state_dict()
+        result["state"] = {k: checkpoint.unstacked(state) for k, state in result["state"].items()}
         result["hina"] = checkpoint.describe(self)
         return result
 
@@ -246,25 +264,27 @@ class HinaOptimizer(torch.optim.Optimizer):
             state_dict: From :meth:`state_dict`, also after ``torch.load(..., weights_only=True)``.
 
         Raises:
-            ValueError: It belongs to another optimizer or model, or is incomplete; says what does not fit. Nothing has changed then.
+            ValueError: It belongs to another optimizer or model, or is incomplete; says what does not fit. Nothing
+                has changed then.
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         checkpoint.load(self, state_dict)
-        self._buckets.forget()
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "names": self._names}
+        state = defaultdict(dict, {p: checkpoint.unstacked(state) for p, state in self.state.items()})
+        return {**super().__getstate__(), "state": state, "names": self._names, "alone": self._buckets.alone()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        names = state.pop("names", None)
+        names, alone = state.pop("names", None), state.pop("alone", ())
         super().__setstate__(state)
         if names is not None or not hasattr(self, "_names"):
             self._names = names or [None] * len(self.param_groups)
         if not hasattr(self, "_layout"):
             self._layout = LocalLayout()
         self._buckets = Buckets(self)
+        self._buckets.forget(alone)

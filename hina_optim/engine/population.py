@@ -1,7 +1,7 @@
 """Techniques that compare parameters with each other: gather their small states, refresh, put back.
 
-Runs at the start of a step, at intervals, on small tensors only. What a step measured is digested at the next one's start, so the
-outcome does not depend on whether the groups are stepped in one call or in several.
+Runs at the start of a step, at intervals, on small tensors only. What a step measured is digested at the next one's
+start, so the outcome does not depend on whether the groups are stepped in one call or in several.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["due", "measuring", "refresh"]
 
 
 def measuring(bucket: Bucket) -> frozenset[str]:
-    """Names of the techniques that measure in the bucket's next step: steps 1, 1 + interval, …"""
+    """Names of the techniques that measure in the bucket's next step: steps 1, 1 + interval and so on."""
     return frozenset(p.name for p in periodic(bucket.chain) if bucket.step % p.interval == 0)
 
 
@@ -70,7 +70,8 @@ def _refresh_one_size(using: Sequence[tuple[Bucket, PeriodicTechnique]]) -> None
     }
     partners = torch.tensor([place.get(m.partner, -1) for m in members], device=home)
     infos = [m.info for m in members]
-    # groups may differ in hyper-parameters: every distinct technique digests the whole population, its own buckets take the outcome
+    # groups may differ in hyper-parameters: every distinct technique digests the whole population, its own buckets
+    # take the outcome
     outcomes: list[tuple[PeriodicTechnique, dict[str, Tensor]]] = []
     for _, one in using:
         if not any(vars(one) == vars(other) for other, _ in outcomes):

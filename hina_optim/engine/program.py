@@ -1,7 +1,8 @@
 """The recipe of one bucket, cut into segments and ready to run, eagerly or compiled.
 
-A segment is a pure function of tensors: stored inputs, the values so far, the totals of earlier segments and this step's
-scalars go in; new values and this segment's sums come out. Only the last one writes, in place, into the stored tensors it was given.
+A segment is a pure function of tensors: stored inputs, the values so far, the totals of earlier segments and this
+step's scalars go in; new values and this segment's sums come out. Only the last one writes, in place, into the stored
+tensors it was given.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ class Inputs:
 
     Attributes:
         stored: ``grad``, ``param`` and every stored part of the state, as stored.
-        scalars: ``lr`` (0-d), ``seeds`` (int32 ``[N]``), ``index`` (int32 ``[1, …]``, low precisions and measuring only),
-            and ``"<technique>.<name>"`` ``[N]``.
+        scalars: ``lr`` (0-d), ``seeds`` (int32 ``[N]``), ``index`` (int32 ``[1, …]``, low precisions and measuring
+            only), and ``"<technique>.<name>"`` ``[N]``.
     """
 
     stored: Values
@@ -81,8 +81,8 @@ class Program:
         self.needs_whole = any(s.whole is not None for s in self.segments)
         self.rounding = bucket.group["rounding"] if bucket.key.dtype in (torch.bfloat16, torch.float16) else "nearest"
         self.streams = {slot.name: i + 1 for i, slot in enumerate(bucket.slots)}
-        self.needs_index = bool(measuring) or self.rounding == "stochastic" or any(
-            c.noisy for c in bucket.codecs.values()
+        self.needs_index = (
+            bool(measuring) or self.rounding == "stochastic" or any(c.noisy for c in bucket.codecs.values())
         )
         self.compiled = compiled
         self._steps: dict[tuple[int, bool, bool], Callable[..., tuple[Values, Values]]] = {}
@@ -104,7 +104,8 @@ class Program:
         Args:
             i: Which segment.
             inputs: Stored tensors and scalars of a cell.
-            carry: Values at the end of segment ``i-1``; None to compute them again from the inputs (a chunk whose values were not kept).
+            carry: Values at the end of segment ``i-1``; None to compute them again from the inputs (a chunk whose
+                values were not kept).
             totals: Totals after segments ``0 … i-1``.
             whole: ``{technique name: piece of its complete result}`` for the segments that run.
             last: Whether this is the last cell of its parameters: state of fixed shape is written once, by that one.
@@ -134,7 +135,8 @@ class Program:
                 return left, sums
 
             if self.compiled:
-                # torch.compile counts recompilations by code object; each segment of each bucket is a program of its own
+                # torch.compile counts recompilations by code object; each segment of each bucket is a program of its
+                # own
                 code = phase.__code__.replace(co_name=f"phase{i}{'_again' if again else ''}{'' if last else '_part'}")
                 own = types.FunctionType(code, phase.__globals__, phase.__name__, None, phase.__closure__)
                 self._steps[key] = torch.compile(own, fullgraph=True, dynamic=False)

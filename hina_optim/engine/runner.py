@@ -1,9 +1,10 @@
 """One step over all buckets: cells, phases, one reduction a phase, and nothing written before everything is known.
 
-A *cell* is what runs at once: some parameters of a bucket, or a chunk of a large one. Cells whose sums must meet before the next
+A *cell* is what runs at once: some parameters of a bucket, or a chunk of a large one. Cells whose sums must meet
+before the next
 phase form a *domain*: one cell in the usual case, the chunks of a large parameter, or everything where parameters are
-sharded. Values are kept from phase to phase in a domain of one cell; in a larger one they are computed again from the stored
-tensors if keeping them would take more memory than allowed.
+sharded. Values are kept from phase to phase in a domain of one cell; in a larger one they are computed again from the
+stored tensors if keeping them would take more memory than allowed.
 """
 
 from __future__ import annotations
@@ -181,7 +182,9 @@ class Runner:
                 continue
             device = members[0][0].bucket.key.device
             wide = torch.float32 if device.type == "mps" else torch.float64
-            merged.append((members, {k: sum((s[k].to(wide) for _, s in members[1:]), first[k].to(wide)) for k in first}))
+            merged.append(
+                (members, {k: sum((s[k].to(wide) for _, s in members[1:]), first[k].to(wide)) for k in first})
+            )
         if self.layout.sharded:
             flat = [v.reshape(-1) for _, sums in merged for v in sums.values()]
             if flat:

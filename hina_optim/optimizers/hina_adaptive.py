@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, ClassVar, Literal
 
 from hina_optim import arguments as rule
 from hina_optim.engine.optimizer import ENGINE_RULES, HinaOptimizer, ParamsT
+from hina_optim.memory.ladder import as_size, plan_for_vram, used_bytes
+from hina_optim.memory.probes import GIB
 from hina_optim.optimizers.inspection import Inspection
 from hina_optim.techniques.adam import AdamMoments
 from hina_optim.techniques.adopt import AdoptNormalization, Momentum
@@ -29,6 +32,8 @@ from hina_optim.techniques.tam import TorqueAwareMomentum
 from hina_optim.techniques.weight_decay import DecoupledWeightDecay
 
 __all__ = ["HinaAdaptive"]
+
+log = logging.getLogger("hina_optim")
 
 
 class HinaAdaptive(HinaOptimizer, Inspection):
@@ -88,7 +93,8 @@ class HinaAdaptive(HinaOptimizer, Inspection):
     }
     REMOVED: ClassVar[dict[str, str]] = {
         "fourier_feature_loss": (
-            "An optimizer sees latents' gradients, not images: use edge_suppression=True, or spatial_awareness=True with "
+            "An optimizer sees latents' gradients, not images: use edge_suppression=True, or "
+            "spatial_awareness=True with "
             "frequency_penalty, instead."
         ),
         "super_resolution_mode": (
@@ -168,9 +174,37 @@ class HinaAdaptive(HinaOptimizer, Inspection):
         start = float(group.get("start_lr", group["lr"]))
         if group["use_lr_mask"] and not group["min_lr"] <= start <= group["max_lr"]:
             raise ValueError(
-                f"{owner}: lr={start} is outside [min_lr, max_lr] = [{group['min_lr']}, {group['max_lr']}], the bounds of "
+                f"{owner}: lr={start} is outside [min_lr, max_lr] = [{group['min_lr']}, {group['max_lr']}], the "
+                f"bounds of "
                 "the per-element learning rates: raise max_lr, lower min_lr, or set use_lr_mask=False."
             )
+
+    def before_state(self) -> None:
+        """Keep to ``vram_budget_gb`` from the first byte of state on, on all ranks alike, and say so."""
+        groups = [group for group in self.param_groups if group["memory_efficient"]]
+        if any(group["cpu_offload_states"] for group in groups) and any(p.is_cuda for g in groups for p in g["params"]):
+            log.warning(
+                "HinaAdaptive: cpu_offload_states=True is not available yet for parameters on a GPU; the state "
+                "stays there. "
+                "reduce_precision=True halves most of it."
+            )
+        if not groups:
+            return
+        budget = min(float(group["vram_budget_gb"]) for group in groups)
+        if not self.agree(used_bytes(self) > budget * GIB):
+            return
+        if any(group["state_precision"] == "fp32" for group in self.param_groups):
+            needed = used_bytes(self)
+            self.set_state_precision("bf16")
+            log.warning(
+                "HinaAdaptive: parameters, gradients and state need %s, more than vram_budget_gb=%g: the state "
+                "is kept in "
+                "bf16. Raise vram_budget_gb, or set memory_efficient=False, to keep fp32.",
+                as_size(needed), budget,
+            )  # fmt: skip
+        left = plan_for_vram(self, budget)
+        if not left["reached"]:
+            log.warning("HinaAdaptive: vram_budget_gb=%g: %s", budget, left["message"])
 
     def recipe(self, group: dict[str, Any], info: ParamInfo) -> list[Technique]:
         """The techniques of one group, in the order in which they act."""
@@ -183,9 +217,7 @@ class HinaAdaptive(HinaOptimizer, Inspection):
                 ImportanceScaling(g["adaptation_strength"], g["importance_decay"], g["relationship_discovery_interval"])
             )
             chain.append(
-                Relationships(
-                    g["compatibility_threshold"], g["importance_decay"], g["relationship_discovery_interval"]
-                )
+                Relationships(g["compatibility_threshold"], g["importance_decay"], g["relationship_discovery_interval"])
             )
         if g["edge_suppression"]:
             chain.append(EdgeSuppression(g["edge_penalty"], g["edge_threshold"]))
@@ -215,9 +247,7 @@ class HinaAdaptive(HinaOptimizer, Inspection):
         elif g["use_cautious"]:
             chain.append(Cautious())
         if g["use_lr_mask"]:
-            chain.append(
-                LearningRateMask(g["start_lr"], g["min_lr"], g["max_lr"], g["lr_bump"], g["warmup_steps"])
-            )
+            chain.append(LearningRateMask(g["start_lr"], g["min_lr"], g["max_lr"], g["lr_bump"], g["warmup_steps"]))
         chain.append(
             DecoupledWeightDecay(
                 g["weight_decay"],

@@ -1,11 +1,12 @@
 """Loading and saving of optimizer state: every dtype as it is, by name where names are known, all or nothing.
 
-torch's own ``load_state_dict`` casts every state tensor to its parameter's dtype, which destroys int8 signs, float32 moments of bf16
-parameters and 8-bit codes. This one checks everything first, then installs.
+torch's own ``load_state_dict`` casts every state tensor to its parameter's dtype, which destroys int8 signs, float32
+moments of bf16 parameters and 8-bit codes. This one checks everything first, then installs.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +16,30 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hina_optim.engine.optimizer import HinaOptimizer
 
-__all__ = ["describe", "load"]
+__all__ = ["describe", "load", "unstacked"]
 
 VERSION = 1
 
 
 def describe(optimizer: HinaOptimizer) -> dict[str, Any]:
-    """What a checkpoint says of itself: format version, optimizer, names and shapes of the parameters."""
+    """What a checkpoint says of itself: version, optimizer, names and shapes of the parameters, how many have state."""
+    every = [p for group in optimizer.param_groups for p in group["params"]]
     return {
         "version": VERSION,
         "optimizer": type(optimizer).__name__,
         "names": optimizer.param_names(),
         "named": all(names is not None for names in optimizer._names),
-        "shapes": [list(p.shape) for group in optimizer.param_groups for p in group["params"]],
+        "shapes": [list(p.shape) for p in every],
+        "kept": sum(bool(optimizer.state.get(p)) for p in every),
+        "alone": optimizer._buckets.alone(),
+    }
+
+
+def unstacked(state: Mapping[str, Any]) -> dict[str, Any]:
+    """One parameter's state as tensors of its own: the pickle of a view carries the whole stack, for every parameter."""
+    return {
+        k: v.clone() if type(v) is Tensor and v.untyped_storage().nbytes() > v.numel() * v.element_size() else v
+        for k, v in state.items()
     }
 
 
@@ -40,21 +52,35 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
     owner = type(optimizer).__name__
     for part in ("state", "param_groups"):
         if part not in saved:
-            raise ValueError(f"{owner}: the checkpoint has no {part!r}: it is truncated, or not an optimizer's state_dict.")
+            raise ValueError(
+                f"{owner}: the checkpoint has no {part!r}: it is truncated, or not an optimizer's state_dict."
+            )
     about = saved.get("hina") or {}
     if about.get("version", VERSION) > VERSION:
-        raise ValueError(f"{owner}: the checkpoint has format version {about['version']}; this library reads up to {VERSION}.")
+        raise ValueError(
+            f"{owner}: the checkpoint has format version {about['version']}; this library reads up to {VERSION}."
+        )
     if about.get("optimizer", owner) != owner:
         raise ValueError(f"{owner}: the checkpoint was saved by {about['optimizer']}; build that optimizer to load it.")
-    indices = _match(optimizer, saved, about)
+    indices, order = _match(optimizer, saved, about)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     names = optimizer.param_names()
-    groups = _merged_groups(optimizer, saved["param_groups"])
+    groups = _merged_groups(optimizer, [saved["param_groups"][at] for at in order])
+    kept = sum(bool(entry) for entry in saved["state"].values())
+    if kept < about.get("kept", 0):
+        raise ValueError(
+            f"{owner}: the checkpoint has the state of {kept} parameters, {about['kept']} had one when it was saved: it "
+            "is truncated."
+        )
     state: dict[Tensor, dict[str, Any]] = {}
     for index, entry in saved["state"].items():
         if index not in indices:
-            raise ValueError(f"{owner}: the checkpoint has state for a parameter {index!r} that no group names; it is damaged.")
+            raise ValueError(
+                f"{owner}: the checkpoint has state for a parameter {index!r} that no group names; it is damaged."
+            )
         at = indices[index]
+        if entry == {}:
+            continue  # torch's state makes an empty entry for whoever only looks
         state[params[at]] = _entry(owner, names[at], params[at], entry)
     optimizer._buckets.check_loaded(groups, state)
     # from here on nothing can fail
@@ -62,14 +88,35 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
         group.update(options)
     optimizer.state.clear()
     optimizer.state.update(state)
+    every = list(indices.values())
+    optimizer._buckets.forget([every[at] for at in about.get("alone", ())])
 
 
-def _match(optimizer: HinaOptimizer, saved: Mapping[str, Any], about: Mapping[str, Any]) -> dict[Any, int]:
-    """Saved parameter index → place of the parameter here: by name if both sides have names, else by order."""
+def _match(
+    optimizer: HinaOptimizer, saved: Mapping[str, Any], about: Mapping[str, Any]
+) -> tuple[dict[Any, int], list[int]]:
+    """Who is who: by name if both sides have names, else by order.
+
+    Returns:
+        Saved parameter index → place of the parameter here; and for every group here, the place of the saved one.
+    """
     owner = type(optimizer).__name__
     here, there = optimizer.param_groups, saved["param_groups"]
+    if not all(isinstance(group, Mapping) and "params" in group for group in there):
+        raise ValueError(
+            f"{owner}: a group of the checkpoint has no 'params': it is truncated, or not an optimizer's state_dict."
+        )
     saved_indices = [i for group in there for i in group["params"]]
+    for what in ("names", "shapes"):
+        if what in about and len(about[what]) != len(saved_indices):
+            raise ValueError(
+                f"{owner}: the checkpoint has {what} of {len(about[what])} parameters, its groups hold "
+                f"{len(saved_indices)}: it is truncated."
+            )
+    if len(here) != len(there):
+        raise ValueError(f"{owner}: the checkpoint has {len(there)} groups, this optimizer {len(here)}.")
     names = optimizer.param_names()
+    order = list(range(len(here)))
     if about.get("named") and all(n is not None for n in optimizer._names):
         old = about["names"]
         missing, extra = sorted(set(names) - set(old)), sorted(set(old) - set(names))
@@ -79,6 +126,7 @@ def _match(optimizer: HinaOptimizer, saved: Mapping[str, Any], about: Mapping[st
             )
         place = {name: at for at, name in enumerate(names)}
         match = {index: place[name] for index, name in zip(saved_indices, old, strict=True)}
+        order = _matching_groups(optimizer, there, match)
     else:
         counts, saved_counts = [len(g["params"]) for g in here], [len(g["params"]) for g in there]
         if counts != saved_counts:
@@ -87,8 +135,6 @@ def _match(optimizer: HinaOptimizer, saved: Mapping[str, Any], about: Mapping[st
                 "model, or other groups."
             )
         match = {index: at for at, index in enumerate(saved_indices)}
-    if len(here) != len(there):
-        raise ValueError(f"{owner}: the checkpoint has {len(there)} groups, this optimizer {len(here)}.")
     shapes = about.get("shapes")
     every = [p for group in here for p in group["params"]]
     if shapes is not None:
@@ -96,9 +142,27 @@ def _match(optimizer: HinaOptimizer, saved: Mapping[str, Any], about: Mapping[st
             at = match[index]
             if list(every[at].shape) != list(shape):
                 raise ValueError(
-                    f"{owner}: {names[at]} has shape {tuple(every[at].shape)}, in the checkpoint {tuple(shape)}: another model."
+                    f"{owner}: {names[at]} has shape {tuple(every[at].shape)}, in the checkpoint "
+                    f"{tuple(shape)}: another model."
                 )
-    return match
+    return match, order
+
+
+def _matching_groups(optimizer: HinaOptimizer, there: list[Any], match: Mapping[Any, int]) -> list[int]:
+    """For every group here, the saved one with the same parameters: their options go together."""
+    places = [frozenset(match[index] for index in group["params"]) for group in there]
+    order, start = [], 0
+    for g, group in enumerate(optimizer.param_groups):
+        mine = frozenset(range(start, start + len(group["params"])))
+        start += len(group["params"])
+        if mine not in places:
+            raise ValueError(
+                f"{type(optimizer).__name__}: no group of the checkpoint holds the same parameters as group {g} "
+                f"({group.get('name', 'unnamed')}) here, so whose options it should get is unknown: build the groups as "
+                "they were."
+            )
+        order.append(places.index(mine))
+    return order
 
 
 def _some(words: str, names: list[str]) -> str:
@@ -112,13 +176,17 @@ def _merged_groups(optimizer: HinaOptimizer, saved: list[dict[str, Any]]) -> lis
     """Options of every group: the saved ones over those here, checked."""
     merged = []
     for here, there in zip(optimizer.param_groups, saved, strict=True):
-        options = {k: (tuple(v) if isinstance(v, list) else v) for k, v in there.items() if k not in ("params", "param_names")}
+        options = {
+            k: (tuple(v) if isinstance(v, list) else copy.deepcopy(v))
+            for k, v in there.items()
+            if k not in ("params", "param_names")
+        }
         optimizer.check_group({**here, **options})
         merged.append(options)
     return merged
 
 
-def _entry(owner: str, name: str, param: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _entry(owner: str, name: str, param: Tensor, entry: Any) -> dict[str, Any]:
     """One parameter's state: on its device, dtype as saved, not shared with the caller's tensors."""
     if not isinstance(entry, Mapping) or "step" not in entry:
         raise ValueError(f"{owner}: the state of {name} has no 'step': it is truncated, or another optimizer's.")

@@ -1,7 +1,7 @@
 """How one piece of state is stored: the rule of an optimizer never sees it.
 
-A codec turns float32 values ``[N, *shape]`` into stored tensors and back. It may store several tensors a slot (codes and
-scales of a blockwise format): its *parts*, each a suffix of the state name. Codecs here store one.
+A codec turns float32 values ``[N, *shape]`` into stored tensors and back. It may store several tensors a slot (codes
+and scales of a blockwise format): its *parts*, each a suffix of the state name. Codecs here store one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class TensorCodec:
-    """A plain tensor of one dtype; bf16 with stochastic rounding, so that what decays by less than its last bit still decays."""
+    """A plain tensor of one dtype.
+
+    bf16 is rounded stochastically, so that what decays by less than its last bit still decays.
+    """
 
     dtype: torch.dtype
     compute: torch.dtype = torch.float32

@@ -1,8 +1,8 @@
 """Stochastic rounding from a hash of (seed, step, parameter, element): the same on every rank, replica and resume.
 
-A counter-based generator needs no state, so nothing has to be saved, and a shard draws exactly the numbers that the whole
-tensor would draw at its place. The mixing function is a 32-bit multiply-xorshift finalizer on wrapping int32 arithmetic,
-which every device and the compiler have.
+A counter-based generator needs no state, so nothing has to be saved, and a shard draws exactly the numbers that the
+whole tensor would draw at its place. The mixing function is a 32-bit multiply-xorshift finalizer on wrapping int32
+arithmetic, which every device and the compiler have.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ class AdoptNormalization(Technique):
         grad, v = flow["grad"], flow.state["exp_avg_sq"]
         bound = flow.scalar(self, "bound")
         # At t = 1 the bound is 0, and so is what enters, whatever the division gives.
-        # min(max(x, -bound), bound) as a clip to ±1 of x / bound: clips to numbers run several times faster than to tensors
+        # min(max(x, -bound), bound) as a clip to ±1 of x / bound: clips to numbers run several times faster than to
+        # tensors
         unit = grad / (v.sqrt().clamp(min=self.eps) * flow.scalar(self, "divisor"))
         flow["incoming"] = unit.clamp(-1, 1) * bound
         flow.new["exp_avg_sq"] = torch.addcmul(flow.scalar(self, "keep") * v, grad * flow.scalar(self, "take"), grad)

@@ -1,10 +1,11 @@
 """The contract of a technique: one idea of one paper, as pure functions on batches of tensors.
 
 A technique sees ``N`` parameters of one shape at once, as tensors of shape ``[N, *shape]``, through a :class:`Flow`. It
-never reads a value on the host, never loops over parameters and never writes to a weight: it changes the named values of
-the flow, and the engine writes the outcome.
+never reads a value on the host, never loops over parameters and never writes to a weight: it changes the named values
+of the flow, and the engine writes the outcome.
 
-Named values (the only vocabulary that techniques share; all float32 and of shape ``[N, *shape]`` unless said otherwise):
+Named values (the only vocabulary that techniques share; all float32 and of shape ``[N, *shape]`` unless said
+otherwise):
 
 =============  =====================================================================================================
 ``grad``       gradient as the techniques before left it
@@ -30,7 +31,8 @@ What crosses elements is declared, and only the engine does it, over all chunks 
 * *over all parameters, at intervals*: :class:`PeriodicTechnique`.
 
 State names are shared vocabulary too: ``exp_avg`` (first moment), ``exp_avg_sq`` (second moment), ``anchor`` (weights
-before the first update), ``lr_mask`` (per-element rate), ``last_sign``. A technique may read state that another declares.
+before the first update), ``lr_mask`` (per-element rate), ``last_sign``. A technique may read state that another
+declares.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from torch import Tensor
 
 from hina_optim.state.slot import Slot
 
-__all__ = ["Folded", "Flow", "ParamInfo", "PeriodicTechnique", "Slot", "Sums", "Technique"]
+__all__ = ["Flow", "Folded", "ParamInfo", "PeriodicTechnique", "Slot", "Sums", "Technique"]
 
 NAMES = frozenset(
     {"grad", "param", "incoming", "damping", "update", "scale", "lr", "rate", "decay", "pull", "bump_scale"}
@@ -52,7 +54,10 @@ NAMES = frozenset(
 
 @dataclass(frozen=True)
 class Folded:
-    """An element-wise tensor to be summed into ``size`` numbers a parameter: element ``i`` (global, flat) goes to ``i % size``."""
+    """An element-wise tensor to be summed into ``size`` numbers a parameter.
+
+    Element ``i`` (global, flat) goes to ``i % size``.
+    """
 
     value: Tensor
     size: int
@@ -82,7 +87,10 @@ class ParamInfo:
 
     @property
     def spatial_axes(self) -> tuple[int, ...]:
-        """Axes with a neighborhood, as dims of a ``[N, *shape]`` tensor: both axes of a matrix, the kernel axes of a convolution."""
+        """Axes with a neighborhood, as dims of a ``[N, *shape]`` tensor.
+
+        Both axes of a matrix, the kernel axes of a convolution.
+        """
         n = len(self.shape)
         if n < 2:
             return ()
@@ -213,13 +221,13 @@ class Technique:
 class PeriodicTechnique(Technique):
     """A technique that compares parameters with each other, at intervals.
 
-    In steps 1, 1 + ``interval``, 1 + 2·``interval``, … of a parameter (only then are :meth:`whole_matrix`, :meth:`sums` and
-    :meth:`settle` called; :meth:`transform` runs in every step) it takes its sums, of the raw gradient and the weights
-    before the update if it stands first in the recipe, and keeps them as state of fixed shape. At the start of the next
-    step the engine calls :meth:`refresh` with the small states of *all* parameters, which returns new small state, in
-    force until the next time. The lag of one step makes the outcome the same whether the groups are stepped in one call
-    or one by one, and after a resume at any step. Groups may differ in hyper-parameters: each takes what the technique with its own
-    hyper-parameters makes of the whole population.
+    In steps 1, 1 + ``interval``, 1 + 2·``interval``, … of a parameter (only then are :meth:`whole_matrix`,
+    :meth:`sums` and :meth:`settle` called; :meth:`transform` runs in every step) it takes its sums, of the raw
+    gradient and the weights before the update if it stands first in the recipe, and keeps them as state of fixed
+    shape. At the start of the next step the engine calls :meth:`refresh` with the small states of *all* parameters,
+    which returns new small state, in force until the next time. The lag of one step makes the outcome the same whether
+    the groups are stepped in one call or one by one, and after a resume at any step. Groups may differ in
+    hyper-parameters: each takes what the technique with its own makes of the whole population.
     """
 
     interval: int = 1

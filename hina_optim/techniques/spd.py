@@ -28,8 +28,9 @@ class SelectiveProjectionDecay(Technique):
 
     The condition says that the gradient now points back to the anchor; ``r > 0`` says that the step goes away from it
     nevertheless; a cosine of the two below :data:`COSINE_FLOOR` is rounding (an orthogonalized gradient has none at all
-    with weights that began at zero) and does not count. Steps that come nearer, and the first step (``θ = θ₀``), are never touched. The pull is bounded by 1,
-    at which the weights are the anchor again: the paper leaves λ unbounded, and beyond 1 the pull would overshoot.
+    with weights that began at zero) and does not count. Steps that come nearer, and the first step (``θ = θ₀``), are
+    never touched. The pull is bounded by 1, at which the weights are the anchor again: the paper leaves λ unbounded,
+    and beyond 1 the pull would overshoot.
 
     θ̃ is never formed. With ``d = θ-θ₀``, ``c = decay·θ + scale·rate·u`` (``θ̃-θ₀ = d-c``), the growth
     ``‖θ̃-θ₀‖² - ‖d‖² = ⟨c,c⟩ - 2⟨d,c⟩`` is taken from sums of the small ``c``, not as a difference of two large norms.
