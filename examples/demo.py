@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -161,7 +162,8 @@ def _packaged() -> str | None:
 
 def interrupted(status: int) -> int:
     """Say how to go on."""
-    again = "the same command" if len(sys.argv) > 1 else "make demo"
+    options = [option for option in sys.argv[1:] if option != "--fresh"]
+    again = shlex.join([shown(Path(sys.executable)), shown(Path(__file__)), *options]) if options else "make demo"
     print(f"\nInterrupted before the end. To go on from the last checkpoint: {again}", file=sys.stderr)
     return status
 

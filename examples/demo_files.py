@@ -121,8 +121,9 @@ def folder_for(base: Path, config: dict[str, Any], fresh: bool) -> Path:
                 f"{shown(base)} holds a run with another {', '.join(differs)}; it stays. This run is in {shown(other)}."
             )
             base, stored = other, other / "config.json"
-    base.mkdir(parents=True, exist_ok=True)
-    write(stored, json.dumps(config, indent=2) + "\n")
+    if not stored.exists():
+        base.mkdir(parents=True, exist_ok=True)
+        write(stored, json.dumps(config, indent=2) + "\n")
     return base
 
 

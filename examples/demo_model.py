@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hina_lightning import configure_optimizers
 
 RANK = 8
+LOG_EVERY = 5
 WEIGHT_DECAY = 0.01
 WARMUP = 0.1  # of the steps, for the schedule of every optimizer
 
@@ -29,19 +30,19 @@ class SnippetClassifier(LightningModule):
         encoder: A pretrained encoder, fresh from ``load_encoder``.
         classes: How many packages there are.
         trained_layers: How many of the last layers get LoRA; what the others give comes with the batch.
-        as_tuple: Whether the encoder's layers return tuples.
+        outputs: How many values a layer of the encoder returns.
         optimizer: Arguments of ``configure_optimizers``: ``optimizer``, ``lr`` and the optimizer's own.
     """
 
     def __init__(
-        self, encoder: nn.Module, classes: int, trained_layers: int, as_tuple: bool, optimizer: dict[str, Any]
+        self, encoder: Any, classes: int, trained_layers: int, outputs: int, optimizer: dict[str, Any]
     ) -> None:
         super().__init__()
         from peft import LoraConfig, get_peft_model
 
         layers = last_layers(encoder, trained_layers)
         width = encoder.config.hidden_size
-        self._replayed = [replay(encoder, trained_layers, as_tuple)]  # in a list: it is the encoder's module, not ours
+        self._replayed = [replay(encoder, trained_layers, outputs)]  # in a list: it is the encoder's module, not ours
         lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=linear_names(layers))
         self.encoder = get_peft_model(encoder, lora).eval()  # no dropout, so a step depends on its number alone
         self.head = nn.Linear(width, classes)
@@ -58,7 +59,8 @@ class SnippetClassifier(LightningModule):
             self._replayed[0].states = batch["states"]
         hidden = self.encoder(input_ids=batch["ids"], attention_mask=batch["mask"]).last_hidden_state
         weight = batch["mask"].unsqueeze(-1).to(hidden.dtype)
-        return self.head((hidden * weight).sum(1) / weight.sum(1))
+        logits: Tensor = self.head((hidden * weight).sum(1) / weight.sum(1))
+        return logits
 
     def configure_optimizers(self) -> Any:
         """Groups, optimizer and schedule, the same call for every optimizer."""
@@ -156,13 +158,13 @@ class LayerMasks(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log what this step begins with, at the steps at which Lightning logs."""
-        if (batch_idx + 1) % trainer.log_every_n_steps:
+        if (batch_idx + 1) % LOG_EVERY:
             return
         layers: dict[str, list[dict[str, float]]] = {}
-        masks = pl_module.optimizers(use_pl_optimizer=False).get_lr_mask_analysis()["parameter_analysis"]
-        for name, numbers in masks.items():
-            layer = re.match(r"(.*?\.\d+)\.|[^.]+", name)
-            layers.setdefault(layer[1] or layer[0], []).append(numbers)
+        optimizer: Any = pl_module.optimizers(use_pl_optimizer=False)
+        for name, numbers in optimizer.get_lr_mask_analysis()["parameter_analysis"].items():
+            layer = re.sub(r"(\.\d+)\..*", r"\1", name) if re.search(r"\.\d+\.", name) else name.split(".")[0]
+            layers.setdefault(layer, []).append(numbers)
         metrics = {}
         for layer, rows in layers.items():
             elements = sum(row["elements"] for row in rows)
@@ -200,7 +202,7 @@ def read_checkpoint(path: Path) -> int | None:
         return None
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+def state_bytes(optimizer: Any) -> int:
     """Bytes of memory behind all tensors of an optimizer's state, shared memory counted once."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # inside Lightning's wrapper
     tensors = (x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from demo_files import BATCH, THREADS, DemoError, write
-from demo_model import Batches, LayerMasks, SaveCheckpoint, SnippetClassifier, read_checkpoint, state_bytes
+from demo_model import LOG_EVERY, Batches, LayerMasks, SaveCheckpoint, SnippetClassifier, read_checkpoint, state_bytes
 from demo_task import Chunks, Split, encode, load_encoder, snippets
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import nn
 
 from hina_lightning.callbacks import ImportanceMonitor, LRMaskMonitor, VRAMGuard
 
@@ -26,7 +25,6 @@ for name in ("lightning.pytorch", "lightning.fabric"):  # imported, they have se
     logging.getLogger(name).setLevel(logging.WARNING)
 
 CHECKPOINT_EVERY = 10
-LOG_EVERY = 5
 CURVE_POINTS = 8
 MEMORY_GB = 4.0
 
@@ -74,20 +72,20 @@ class Task:
         self.packages, self.splits = snippets(tokenizer, scale)
         if cache is not None and cache.exists():
             stored = torch.load(cache, weights_only=True)
-            self.as_tuple: bool = stored["as_tuple"]
+            self.outputs: int = stored["outputs"]
             self.splits = {name: split.with_states(stored["states"][name]) for name, split in self.splits.items()}
             return
-        self.splits, self.as_tuple = encode(encoder, self.splits, layers, _show_progress)
+        self.splits, self.outputs = encode(encoder, self.splits, layers, _show_progress)
         if cache is not None:
             states = {name: split.states for name, split in self.splits.items()}
             part = cache.with_suffix(".part")
-            torch.save({"states": states, "as_tuple": self.as_tuple}, part)
+            torch.save({"states": states, "outputs": self.outputs}, part)
             part.replace(cache)
 
     def module(self, optimizer: dict[str, Any]) -> SnippetClassifier:
         """A new LightningModule; the initial weights of adapter and head follow torch's seed."""
         encoder, _ = load_encoder(self.model)
-        return SnippetClassifier(encoder, len(self.packages), self.layers, self.as_tuple, optimizer)
+        return SnippetClassifier(encoder, len(self.packages), self.layers, self.outputs, optimizer)
 
 
 def train(task: Task, name: str, optimizer: dict[str, Any], *, steps: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -197,7 +195,7 @@ def _fit(
         raise DemoError(f"The training ended after {trainer.global_step} of {batches.steps} steps.")
 
 
-def _measure(trainer: Trainer, module: nn.Module, split: Split) -> tuple[float, float]:
+def _measure(trainer: Trainer, module: SnippetClassifier, split: Split) -> tuple[float, float]:
     """Loss and accuracy on a split."""
     try:
         (measured,) = trainer.test(module, split.chunks(90), verbose=False)

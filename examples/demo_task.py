@@ -131,31 +131,40 @@ def linear_names(layers: dict[str, nn.Module]) -> list[str]:
 
 
 class StandIn(nn.Module):
-    """Takes the place of a frozen layer: hands on what it is given, or ``states`` where those are set."""
+    """Takes the place of a frozen layer: hands on what it is given, or ``states`` where those are set.
 
-    def __init__(self, as_tuple: bool) -> None:
+    Args:
+        layer: The layer; models may look at its plain attributes.
+        outputs: How many values the layer returns as a tuple, of which the first are the states; 0 if it returns them
+            alone.
+    """
+
+    def __init__(self, layer: nn.Module, outputs: int) -> None:
         super().__init__()
-        self.as_tuple = as_tuple
+        self.__dict__.update({k: v for k, v in vars(layer).items() if k not in self.__dict__ and not k.startswith("_")})
+        self.outputs = outputs
         self.states: Tensor | None = None
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
+        """The states, in the form in which the layer would return them."""
         out = hidden if self.states is None else self.states
-        return (out,) if self.as_tuple else out
+        return (out, *[None] * (self.outputs - 1)) if self.outputs else out
 
 
-def replay(encoder: nn.Module, trained_layers: int, as_tuple: bool) -> StandIn | None:
+def replay(encoder: nn.Module, trained_layers: int, outputs: int) -> StandIn | None:
     """Replace the frozen layers by stand-ins; the last of them, returned, is to be given the states of each batch."""
     _, layers = layers_of(encoder)
     frozen = len(layers) - trained_layers
+    last = None
     for i in range(frozen):
-        layers[i] = StandIn(as_tuple)
-    return layers[frozen - 1] if frozen > 0 else None  # type: ignore[return-value]
+        layers[i] = last = StandIn(layers[i], outputs)
+    return last
 
 
 @torch.no_grad()
 def encode(
     encoder: nn.Module, splits: dict[str, Split], trained_layers: int, progress: Callable[[int, int], None]
-) -> tuple[dict[str, Split], bool]:
+) -> tuple[dict[str, Split], int]:
     """Run the frozen layers over every snippet. Spends the encoder: stand-ins take the place of its upper layers.
 
     Args:
@@ -165,29 +174,29 @@ def encode(
         progress: Called with the number of snippets done and of all.
 
     Returns:
-        The splits with states (without, if no layer is frozen), and whether this model's layers return tuples.
+        The splits with states (without, if no layer is frozen), and how many values a layer of this model returns.
     """
     _, layers = layers_of(encoder)
     frozen = len(layers) - trained_layers
     if frozen <= 0:
-        return splits, False
+        return splits, 0
     seen: list[Any] = []
     layers[frozen - 1].register_forward_hook(lambda module, given, out: seen.append(out))
-    as_tuple, done, total, encoded = False, 0, sum(map(len, splits.values())), {}
+    outputs, done, total, encoded = 0, 0, sum(map(len, splits.values())), {}
     for name, split in splits.items():
         states = []
         for chunk in split.chunks(64):
             seen.clear()
             encoder(input_ids=chunk["ids"], attention_mask=chunk["mask"])
-            as_tuple = isinstance(seen[0], tuple)
-            states.append(seen[0][0] if as_tuple else seen[0])
+            outputs = len(seen[0]) if isinstance(seen[0], tuple) else 0
+            states.append(seen[0][0] if outputs else seen[0])
             for i in range(frozen, len(layers)):  # known only now; the first batch ran through the real ones
                 if not isinstance(layers[i], StandIn):
-                    layers[i] = StandIn(as_tuple)
+                    layers[i] = StandIn(layers[i], outputs)
             done += len(chunk["ids"])
             progress(done, total)
         encoded[name] = split.with_states(torch.cat(states))
-    return encoded, as_tuple
+    return encoded, outputs
 
 
 def snippets(tokenizer: Any, scale: float = 1.0) -> tuple[list[str], dict[str, Split]]:

@@ -82,4 +82,4 @@ def gradients(step: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 def give(params: list[tuple[str, nn.Parameter]], step: int) -> None:
     """Set every parameter's gradient for a step."""
     for (_, p), g in zip(params, gradients(step), strict=True):
-        p.grad = g.to(p.dtype)
+        p.grad = g.to(p.device, p.dtype)

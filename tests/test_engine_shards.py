@@ -76,7 +76,7 @@ def test_one_reduction_a_phase() -> None:
         _, world = run_sharded(
             many,
             lambda step, repeat=repeat: gradients(step) * repeat,
-            lambda named: HinaAdaptive(named, lr=3e-4, use_dynamic_adaptation=False),
+            lambda named: HinaAdaptive(named, lr=3e-4, use_dynamic_adaptation=False, memory_efficient=False),
             size=2,
             steps=5,
             by_rows=True,

@@ -27,8 +27,8 @@ from hina_optim import HinaAdaptive
 STEPS = 14
 LR = 3e-4
 #: Warm-up of the mask: 6 steps, its early phase 3. Adaptation measures in steps 1, 4, 7 and is refreshed in 2, 5, 8; the
-#: spectrum measures in steps 1, 3, 5. So: between measuring and refresh, early, late, at the end of the warm-up, mature.
-STOPS = (1, 2, 4, 6, 7, 11)
+#: spectrum measures in steps 1, 3, 5. So: early, late, at the end of the warm-up, mature; 1 and 4 lie between measuring and refresh.
+STOPS = (1, 4, 6, 11)
 BF16 = torch.bfloat16
 CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (torch.float32, EVERYTHING),

@@ -1,9 +1,8 @@
 """Which parameters run together: buckets are formed, checked at every step, and formed again when something changed.
 
 Frameworks replace parameters, state dicts and group options behind an optimizer's back. Nothing is trusted from one
-step to
-the next: every step looks at what the groups hold, and a bucket whose parameters, views or options are no longer what
-it was built for is built again from ``optimizer.state``, which is always true.
+step to the next: every step looks at what the groups hold, and a bucket whose parameters, views or options are no longer
+what it was built for is built again from ``optimizer.state``, which is always true.
 """
 
 from __future__ import annotations
@@ -39,9 +38,8 @@ class Buckets:
         self._optimizer = optimizer
         self._of: dict[Tensor, Bucket] = {}
         self._options: dict[int, tuple[Any, ...]] = {}
-        self._alone: set[int] = (
-            set()
-        )  # positions of parameters that were once without a gradient when their bucket had one
+        #: positions of parameters that were once without a gradient when their bucket had one
+        self._alone: set[int] = set()
         self._said: set[str] = set()
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -76,7 +74,9 @@ class Buckets:
             if bucket is not None:
                 hits[bucket] = hits.get(bucket, 0) + 1
         for bucket, count in hits.items():
-            changed = any(p.shape != bucket.key.local_shape or p.device != bucket.key.device for p in bucket.params)
+            key = bucket.key
+            made_for = (key.local_shape, key.dtype, key.device)
+            changed = any((p.shape, p.dtype, p.device) != made_for for p in bucket.params)
             if count != bucket.size:
                 self._alone.update(m.position for m in bucket.members if m.param not in wanted)
             if changed or count != bucket.size or not bucket.views_hold(self._optimizer.state):
@@ -91,9 +91,8 @@ class Buckets:
         """The bucket's segments for its next step."""
         measuring = population.measuring(bucket)
         if measuring not in bucket.programs:
-            choice = bucket.group["compile"]
-            compiled = bucket.key.device.type == "cuda" if choice is None else bool(choice)
-            bucket.programs[measuring] = Program(bucket, measuring, compiled)
+            # None is eager everywhere: compiling every shape costs minutes, and no measurement yet says where that pays
+            bucket.programs[measuring] = Program(bucket, measuring, compiled=bool(bucket.group["compile"]))
         program: Program = bucket.programs[measuring]
         return program
 
@@ -322,11 +321,12 @@ class Buckets:
                     f"keep: another optimizer's checkpoint."
                 )
 
-    def forget(self, alone: Iterable[int]) -> None:
-        """Form all buckets again at the next step (state was replaced); parameters at the places ``alone`` run alone."""
+    def restore(self, alone: Iterable[int]) -> None:
+        """Form the buckets of a run that is resumed: from all state, with parameters at the places ``alone`` alone."""
+        places = self._places()
         self._of.clear()
-        positions = [position for position, _, _ in self._places()]
-        self._alone = {positions[at] for at in alone}
+        self._alone = {places[at][0] for at in alone}
+        self.ensure([p for _, _, p in places if self._optimizer.state.get(p)])
 
     def alone(self) -> list[int]:
         """Places, in the order of the groups, of parameters that run alone because they once lacked a gradient.
@@ -337,7 +337,7 @@ class Buckets:
         return [at for at, (position, _, _) in enumerate(self._places()) if position in self._alone]
 
     def _places(self) -> list[tuple[int, int, Tensor]]:
-        """Position (a number for group and place in it), index of the group, and parameter, in the order of the groups."""
+        """Position (a number for group and place in it), index of the group, and parameter, in order."""
         groups = enumerate(self._optimizer.param_groups)
         return [((g << 24) | i, g, p) for g, group in groups for i, p in enumerate(group["params"])]
 

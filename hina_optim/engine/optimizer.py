@@ -287,4 +287,4 @@ class HinaOptimizer(torch.optim.Optimizer):
         if not hasattr(self, "_layout"):
             self._layout = LocalLayout()
         self._buckets = Buckets(self)
-        self._buckets.forget(alone)
+        self._buckets.restore(alone)

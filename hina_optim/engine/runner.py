@@ -27,15 +27,20 @@ __all__ = ["Runner"]
 
 #: float32 values alive at once, per element, while a segment runs (measured: about 20 with every technique on).
 LIVE_VALUES = 24
-#: Chunks begin at multiples of this many elements.
+#: Chunks begin at multiples of this many elements, or of this many rows: multiples of every fold (techniques.base.Folded).
 GRAIN = 4096
+ROWS = 64
 #: On a CPU, eager chunks are small enough for the values in flight to stay in its caches.
 CPU_CHUNK = 1 << 17
 
 
 @dataclass
 class Cell:
-    """Parameters ``first … stop-1`` of a bucket; of a single one, optionally only elements ``begin … end-1``."""
+    """Parameters ``first … stop-1`` of a bucket; of a single one, optionally only elements ``begin … end-1``.
+
+    A chunk is cut from the flat parameter, or, with ``by_rows``, along its first dimension: the way for a parameter whose
+    memory is not contiguous (channels last), which cannot be flattened without a copy.
+    """
 
     bucket: Bucket
     program: Program
@@ -44,6 +49,7 @@ class Cell:
     begin: int
     end: int
     chunked: bool
+    by_rows: bool
     last: bool
     measured_scalars: Values
     carry: Values | None = None
@@ -92,17 +98,21 @@ class Runner:
         if program.needs_index:
             scalars["seeds"] = param_seeds(bucket.keys, int(bucket.group["seed"]), bucket.step)
         n, numel = bucket.size, bucket.numel
-        if numel > limit and not program.needs_whole and self._contiguous(bucket):
+        by_rows = not self._contiguous(bucket)
+        if by_rows:
+            row = numel // max(1, bucket.key.local_shape[0] if bucket.key.local_shape else 1)
+            limit = max(1, limit // max(1, row) // ROWS) * ROWS * row
+        if numel > limit and not program.needs_whole:
             for p in range(n):
                 for begin in range(0, numel, limit):
                     end = min(begin + limit, numel)
-                    yield Cell(bucket, program, p, p + 1, begin, end, True, end == numel, scalars)
+                    yield Cell(bucket, program, p, p + 1, begin, end, True, by_rows, end == numel, scalars)
             return
         # without chunks a parameter must fit as a whole; small ones share a cell
         each = max(1, limit // max(1, numel))
         for first in range(0, n, each):
             stop = min(n, first + each)
-            yield Cell(bucket, program, first, stop, 0, numel, False, True, scalars)
+            yield Cell(bucket, program, first, stop, 0, numel, False, False, True, scalars)
 
     def _contiguous(self, bucket: Bucket) -> bool:
         return all(p.is_contiguous() and p.grad is not None and p.grad.is_contiguous() for p in bucket.params)
@@ -120,10 +130,12 @@ class Runner:
         else:
             stored["param"], stored["grad"] = torch.stack([p.detach() for p in params]), torch.stack(grads)
         if cell.chunked:
-            cut = slice(cell.begin, cell.end)
+            row = bucket.numel // bucket.key.local_shape[0] if cell.by_rows else 1
+            cut = slice(cell.begin // row, cell.end // row)
             like = {s.name for s in bucket.slots if s.shape == "like"} - bucket.key.zero_anchors
             like = {name + suffix for name in like for suffix in bucket.codecs[name].parts} | {"param", "grad"}
-            stored = {k: v.reshape(1, -1)[:, cut] if k in like else v for k, v in stored.items()}
+            shape = (1, -1, *bucket.key.local_shape[1:]) if cell.by_rows else (1, -1)
+            stored = {k: v.view(shape)[:, cut] if k in like else v for k, v in stored.items()}
         scalars = {k: v[rows] if v.ndim else v for k, v in cell.measured_scalars.items()}
         if cell.program.needs_index:
             start = bucket.shard.start + cell.begin

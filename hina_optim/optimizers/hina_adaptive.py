@@ -37,7 +37,109 @@ log = logging.getLogger("hina_optim")
 
 
 class HinaAdaptive(HinaOptimizer, Inspection):
-    """Placeholder docstring."""
+    """ADOPT or AdamW for fine-tuning: a learning rate for every element, and more of it for parameters that matter.
+
+    For adapters and whole models that start from pretrained weights. All that is not AdamW can be switched off; what is
+    off costs nothing and keeps no state. One step, in the order of :meth:`recipe`:
+
+    1. At intervals, parameters are compared: importance, relationships, and the singular values of small matrices. What
+       a step measured is in force from the next one on.
+    2. The gradient ``g`` is treated: edges, high frequencies, busy regions and background damped; then AGR (large
+       elements damped by their share of the whole), the component along the weights removed, the rank penalty added.
+    3. ADOPT: ``g`` over the root of the second moment before it, clipped; the first gradient of a parameter moves
+       nothing. (``use_adopt_stability=False``: Adam's two moments with bias correction.) TAM damps what enters the
+       first moment when it turns against it.
+    4. The direction is kept where it agrees with ``g`` (cautious), or takes the signs of ``g`` (Grams).
+    5. ``θ ← θ - lr·wd·κ(t)·θ - rate ⊙ direction``, where the rate of an element is ``mask · lr / (lr at start)`` times
+       the factors of importance and relationships; then SPD may take back part of what led away from where ``θ`` began.
+
+    A learning rate of 0 moves no weight. Weights, moments and schedules are computed in float32 (float64 for float64
+    parameters) whatever they are stored in. A parameter whose gradient has an element that is not finite is left as it
+    is in that step, with its state; :meth:`get_optimization_info` names it. docs/techniques.md has every formula and
+    source, ``hina_optim.reference`` the whole in plain float64, docs/inspection.md what the ``get_…`` methods return.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or groups of either. By names it knows adapters and their pairs,
+            and matches checkpoints. A group may set any of the options below for itself.
+        lr: Learning rate, ≥ 0; with the mask on, within [min_lr, max_lr]. Schedulers may change it to anything.
+        betas: Decay a step of the first and the second moment, each in [0, 1).
+        eps: Smallest denominator, in units of the gradient, > 0.
+        weight_decay: Decoupled decay, share of a weight a step and a unit of learning rate, ≥ 0.
+        use_spd: Selective projection decay: a step that leads away from the weights before the first update, against
+            the gradient, is taken back in part. Keeps those weights, in their own dtype (one zero if all are zero).
+        spd_lambda: Strength of that, ≥ 0; 1 takes back about all of the distance that the step added.
+        use_cautious: Keep the update only where its sign is the gradient's, and the mean step. Left out under Grams.
+        use_orthogonal_grad: Remove the component of the gradient along the weights, keep its norm.
+        use_adopt_stability: ADOPT. False: Adam moments.
+        use_grams: Magnitude of the update, signs of the gradient.
+        use_agr: Adaptive gradient regularization, for parameters of two elements or more.
+        use_tam: Torque-aware momentum.
+        tam_beta: Decay a step of its smoothed cosine, in [0, 1).
+        use_dynamic_adaptation: Importance and relationships between parameters.
+        adaptation_strength: Factor on an importance score before it is clipped to [0.1, 3], > 0.
+        relationship_discovery_interval: Steps from one measurement of both to the next, ≥ 1; the first step measures.
+        importance_decay: Share of the old score (and gradient sketch) kept at each measurement, in [0, 1).
+        compatibility_threshold: Score from which on two matrices are related, in [0, 1]; 1: adapter pairs and copies.
+        use_lr_mask: A learning rate for every element, raised where a gradient keeps its sign, lowered where it flips.
+        warmup_steps: Steps in which the masks move, ≥ 0; then they stay. Not a warm-up of the learning rate.
+        min_lr: Lower bound of the masks, > 0.
+        max_lr: Upper bound of the masks. With the default lr they can only go down.
+        lr_bump: Change of a mask a step, in units of the learning rate, ≥ 0.
+        dynamic_weight_decay: Let the decay shrink late in training.
+        wd_transition_steps: Steps until it begins to, ≥ 1.
+        wd_decay_factor: Factor on the decay every further wd_transition_steps, in [0, 1].
+        wd_min_ratio: Floor of the factor, in [0, 1].
+        memory_efficient: Keep to vram_budget_gb, and let optimize_for_vram() act. False: do neither.
+        vram_budget_gb: GiB, > 0. Checked when the state is allocated, against all that PyTorch has allocated on the GPU
+            (on a CPU: parameters, gradients and state). State that would not fit is kept in bf16, with a warning.
+        reduce_precision: The same as state_precision="bf16".
+        cpu_offload_states: Not available yet: with parameters on a GPU it warns, and the state stays there.
+        max_buffer_memory_mb: Bound on the temporary memory of a step, MB (10⁶ bytes), > 0. A parameter that a technique
+            needs whole (edges, frequencies, spatial awareness, low rank) may exceed it.
+        adaptive_features: Accepted and reported; nothing switches techniques off under memory pressure yet.
+        emergency_simplify: Accepted and reported; without effect yet, like adaptive_features.
+        edge_suppression: Damp gradient elements that stand out of their neighborhood (matrices, convolution kernels).
+        edge_penalty: Its strength, ≥ 0.
+        edge_threshold: Where an edge begins, in units of 5 times the average (rms) second difference, > 0.
+        spatial_awareness: Damp regions of the gradient that keep varying, and its high frequencies.
+        frequency_penalty: Share of the high frequencies to remove, in [0, 1].
+        detail_preservation: Strength of the damping of busy regions, ≥ 0; the mask's bumps follow it too.
+        background_regularization: Up to halve the gradient of elements that are nearly always small.
+        lora_rank_penalty: Push down the singular values beyond a rank, of the product B·A for a LoRA pair, and
+            emphasize the leading ones. For matrices with a side (of a LoRA pair: the rank) of at most 256.
+        rank_penalty_strength: Weight of the penalty, loss per unit of singular value, ≥ 0.
+        low_rank_emphasis: Factor on the part of the update within the leading singular directions, ≥ 0; 1 is off.
+        rank_target: Rank to keep (an int ≥ 1), or share of the squared singular values to keep (a float in (0, 1)).
+        rank_interval: Steps from one look at the singular values to the next, ≥ 1.
+        state_precision: "fp32" or "bf16" (rounded stochastically) for moments, masks and running averages. Signs are
+            int8, the first weights have the parameter's dtype, small statistics stay in fp32.
+        rounding: How bf16 and fp16 parameters are written: "stochastic", "kahan" (compensated; keeps one more tensor of
+            the parameter's size and dtype) or "nearest" (steps below half of the last bit are lost).
+        seed: Of the stochastic rounding. The same on every rank, replica and resume.
+        compile: Run under torch.compile. None: on CUDA. Compiling takes long on a CPU.
+        foreach: Accepted for compatibility with torch's optimizers; without effect.
+
+    Raises:
+        ValueError: An argument is not what it must be (the message names argument, value and rule); lr is outside the
+            bounds of the mask; no parameters, one given twice, or one that is complex or not floating point.
+        TypeError: An unknown argument (names the nearest one), or one that was removed (names what to use instead).
+
+    References:
+        ADOPT arXiv 2411.02853, AdamW 1711.05101, AGR 2407.16944, TAM 2412.18790, cautious 2411.16085, Grams 2412.17107,
+        orthogonal gradient 2501.04697, SPD 2411.01713. The mask follows ai-toolkit's Automagic. The others are this
+        project's own.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = HinaAdaptive(model.named_parameters(), lr=3e-4, warmup_steps=100)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(8, 4)).square().mean().backward()
+        ...     optimizer.step()
+        >>> [int(state["step"]) for state in optimizer.state.values()]
+        [2, 2]
+    """
 
     VERSION: ClassVar[str] = "1.0"
     RULES: ClassVar[dict[str, rule.Rule]] = {

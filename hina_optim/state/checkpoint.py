@@ -89,7 +89,7 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
     optimizer.state.clear()
     optimizer.state.update(state)
     every = list(indices.values())
-    optimizer._buckets.forget([every[at] for at in about.get("alone", ())])
+    optimizer._buckets.restore([every[at] for at in about.get("alone", ())])
 
 
 def _match(

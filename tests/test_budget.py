@@ -1,0 +1,69 @@
+"""``vram_budget_gb`` is kept from the first byte of state on, and what is done for it is said."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from hina_optim import HinaAdaptive
+from hina_optim.memory import used_bytes
+
+GIB = 1 << 30
+
+
+def params() -> list[nn.Parameter]:
+    made = [nn.Parameter(torch.randn(100, 100)) for _ in range(3)]
+    for p in made:
+        p.grad = torch.randn_like(p)
+    return made
+
+
+def needed(**arguments: object) -> int:
+    optimizer = HinaAdaptive(params(), lr=1e-4, **arguments)  # type: ignore[arg-type]
+    optimizer.step()
+    return used_bytes(optimizer)
+
+
+def test_within_the_budget_nothing_changes(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = HinaAdaptive(params(), lr=1e-4, vram_budget_gb=(needed() + 1) / GIB)
+    optimizer.step()
+    assert optimizer.param_groups[0]["state_precision"] == "fp32"
+    assert not caplog.records
+
+
+def test_over_the_budget_the_state_is_bf16_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "hina_optim"):
+        optimizer = HinaAdaptive(params(), lr=1e-4, vram_budget_gb=(needed() - 1000) / GIB)
+        optimizer.step()
+    state = next(iter(optimizer.state.values()))
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == state["lr_mask"].dtype == torch.bfloat16
+    assert used_bytes(optimizer) == needed(state_precision="bf16") <= (needed() - 1000)
+    assert "vram_budget_gb" in caplog.text and "bf16" in caplog.text
+
+
+def test_a_budget_that_cannot_be_met_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "hina_optim"):
+        optimizer = HinaAdaptive(params(), lr=1e-4, vram_budget_gb=1000 / GIB)
+        optimizer.step()
+    assert "out of reach" in caplog.text
+
+
+def test_memory_efficient_false_switches_the_budget_off(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = HinaAdaptive(params(), lr=1e-4, vram_budget_gb=1000 / GIB, memory_efficient=False)
+    optimizer.step()
+    assert optimizer.param_groups[0]["state_precision"] == "fp32"
+    assert not caplog.records
+
+
+def test_the_prediction_is_exact() -> None:
+    optimizer = HinaAdaptive(params(), lr=1e-4)
+    predicted = {precision: optimizer.state_bytes(precision) for precision in ("fp32", "bf16")}
+    before = used_bytes(optimizer)
+    optimizer.step()
+    assert optimizer.state_bytes() == predicted["fp32"]
+    assert used_bytes(optimizer) == before
+    assert optimizer.set_state_precision("bf16") == predicted["fp32"] - predicted["bf16"]
+    assert optimizer.state_bytes() == predicted["bf16"]
