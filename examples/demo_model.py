@@ -142,7 +142,7 @@ class Batches:
         return self.steps
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        per_pass = len(self.split) // self.size
+        per_pass = max(1, len(self.split) // self.size)
         for step in range(self.start, self.steps):
             turn, place = divmod(step, per_pass)
             order = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(self.seed * 10007 + turn))

@@ -268,15 +268,15 @@ def test_group_by_group_is_one_step(interval: int, halves: str) -> None:
 
 def test_many_groups() -> None:
     """Some recipes make a group of every parameter."""
-    params = [nn.Parameter(torch.randn(3, 2).to(BF16)) for _ in range(300)]
+    params = [nn.Parameter(torch.randn(3, 2).to(BF16)) for _ in range(140)]
     optimizer = HinaAdaptive([{"params": [p]} for p in params], lr=LR)
     before = [p.detach().clone() for p in params]
     for _ in range(3):
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer.step()
-    assert any(not torch.equal(p, q) for p, q in zip(params[:150], before[:150], strict=True))
-    assert any(not torch.equal(p, q) for p, q in zip(params[150:], before[150:], strict=True))
+    assert any(not torch.equal(p, q) for p, q in zip(params[:128], before[:128], strict=True))
+    assert any(not torch.equal(p, q) for p, q in zip(params[128:], before[128:], strict=True))
 
 
 def test_an_option_edited_in_the_middle() -> None:
@@ -541,24 +541,25 @@ def test_an_expanded_gradient() -> None:
 def test_a_bad_gradient_leaves_its_parameter_alone(dtype: torch.dtype, bad: float) -> None:
     """To the bit, state included; it is counted and named; the others go on."""
     named, optimizer = build(dtype)
-    victim = dict(named)["twin1"]
+    victim, other = dict(named)["twin1"], dict(named)["twin2"]
+    # what is refreshed from all parameters at once follows the others
+    shared = ("importance", "relation", "rank_coefficient", "emphasis_projection")
     for step in range(6):
         give(named, step)
-        before = copy.deepcopy((named, {k: v for k, v in optimizer.state.items()}))
         if step in (0, 2, 3):
             victim.grad[1, 2] = bad  # type: ignore[index]
+        weights = victim.detach().clone()
         state = {k: v.clone() for k, v in optimizer.state.get(victim, {}).items()}
+        momentum = optimizer.state[other]["exp_avg"].clone() if step else None
         optimizer.step()
         if step in (2, 3):
-            assert torch.equal(victim, dict(before[0])["twin1"])
+            assert torch.equal(victim, weights)
             for key, value in optimizer.state[victim].items():
                 if key in ("step", "skipped"):
                     assert value == state[key] + 1
-                elif key not in ("importance_rate", "relation_score", "relation_scores", "relation_partners"):
-                    # what is refreshed from all parameters follows the others
-                    refreshed = key in ("importance", "importance_raw", "rank_coefficient", "emphasis_projection")
-                    assert refreshed or torch.equal(value, state[key]), key
-            assert not torch.equal(dict(named)["twin2"], dict(before[0])["twin2"])
+                elif not key.startswith(shared):
+                    assert torch.equal(value, state[key]), key
+            assert not torch.equal(optimizer.state[other]["exp_avg"], momentum)  # type: ignore[arg-type]
     assert float(optimizer.state[victim]["skipped"]) == 3
     assert optimizer.get_optimization_info()["training_stats"]["skipped_nonfinite"] == {"twin1": 3}
     for name, p in named:

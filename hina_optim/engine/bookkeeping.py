@@ -8,12 +8,14 @@ what it was built for is built again from ``optimizer.state``, which is always t
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hina_optim import arguments as rule
 from hina_optim.adapters.roles import find_pairs, role_of
 from hina_optim.engine import population
 from hina_optim.engine.bucket import KAHAN, SOLO_NUMEL, Bucket, BucketKey, Member
@@ -37,7 +39,8 @@ class Buckets:
     def __init__(self, optimizer: HinaOptimizer) -> None:
         self._optimizer = optimizer
         self._of: dict[Tensor, Bucket] = {}
-        self._options: dict[int, tuple[Any, ...]] = {}
+        self._options: dict[int, tuple[dict[str, Any], tuple[Any, ...]]] = {}
+        self._known: dict[int, tuple[str, tuple[int, ...]]] = {}  # position → name and shape
         #: positions of parameters that were once without a gradient when their bucket had one
         self._alone: set[int] = set()
         self._said: set[str] = set()
@@ -59,6 +62,11 @@ class Buckets:
                         f"{self._label(p)} has a sparse gradient; {type(opt).__name__} needs a dense one "
                         "(build the embedding with sparse=False)."
                     )
+                if grad.shape != p.shape:
+                    raise RuntimeError(
+                        f"{self._label(p)} has shape {tuple(p.shape)}, its gradient {tuple(grad.shape)}: the parameter "
+                        "changed its shape after backward; clear the gradient."
+                    )
                 with_grad.append(p)
         self.ensure(with_grad)
         work = list(dict.fromkeys(self._of[p] for p in with_grad))
@@ -67,7 +75,7 @@ class Buckets:
     def ensure(self, params: Sequence[Tensor]) -> None:
         """Give every one of ``params`` a bucket that holds it, and only parameters of ``params``."""
         self._check_options()
-        wanted = set(params)
+        wanted, state = set(params), self._optimizer.state
         hits: dict[Bucket, int] = {}
         for p in params:
             bucket = self._of.get(p)
@@ -78,13 +86,15 @@ class Buckets:
             made_for = (key.local_shape, key.dtype, key.device)
             changed = any((p.shape, p.dtype, p.device) != made_for for p in bucket.params)
             if count != bucket.size:
-                self._alone.update(m.position for m in bucket.members if m.param not in wanted)
-            if changed or count != bucket.size or not bucket.views_hold(self._optimizer.state):
+                left = [m for m in bucket.members if m.param not in wanted]
+                self._alone.update(m.position for m in left if state.get(m.param) is m.state)
+            if changed or count != bucket.size or not bucket.views_hold(state):
                 self._drop(bucket)
         homeless = [p for p in params if p not in self._of]
         if homeless:
-            if not self._optimizer.state:
+            if not state:
                 self._optimizer.before_state()
+            self._drop_stale()
             self._form(homeless)
 
     def program(self, bucket: Bucket) -> Program:
@@ -113,9 +123,7 @@ class Buckets:
     def _everyone(self) -> list[Bucket]:
         """Buckets of all parameters that have state, however they came to it (a load, a swap)."""
         opt = self._optimizer
-        for bucket in set(self._of.values()):
-            if not bucket.views_hold(opt.state):
-                self._drop(bucket)
+        self._drop_stale()
         waiting = [p for group in opt.param_groups for p in group["params"] if opt.state.get(p) and p not in self._of]
         if waiting:
             self._form(waiting)
@@ -178,9 +186,7 @@ class Buckets:
         names, places = opt.param_names(), self._places()
         shapes = [opt._layout.shard(p).shape for _, _, p in places]
         positions = [position for position, _, _ in places]
-        partner: dict[int, int] = {}
-        for a, b in find_pairs(names, shapes):
-            partner[a], partner[b] = positions[b], positions[a]
+        partner = self._partners(dict(zip(positions, zip(names, shapes, strict=True), strict=True)))
         found = []
         for at, (_, g, p) in enumerate(places):
             if p in wanted:
@@ -191,13 +197,31 @@ class Buckets:
                         "step yet: bind_layout() a layout that knows its shards, or train in one process or with DDP."
                     )
                 shard = opt._layout.shard(p)
-                info = ParamInfo(shard.shape, role_of(names[at], shard.shape), at in partner)
+                mate = partner.get(positions[at], -1)
+                info = ParamInfo(shard.shape, role_of(names[at], shard.shape), mate >= 0)
                 key = opt._layout.key(p, positions[at])
                 state = opt.state[p] if p in opt.state else {}
-                found.append(
-                    (g, Member(p, names[at], positions[at], key, info, shard, state, partner=partner.get(at, -1)))
-                )
+                found.append((g, Member(p, names[at], positions[at], key, info, shard, state, partner=mate)))
         return found
+
+    def learn(self, g: int, names: Sequence[str] | None) -> None:
+        """Remember names and shapes of a group, in case that its list is empty when they are needed."""
+        for i, p in enumerate(self._optimizer.param_groups[g]["params"]):
+            self._known[(g << 24) | i] = (names[i] if names else f"group{g}.{i}", tuple(p.shape))
+
+    def _partners(self, present: dict[int, tuple[str, tuple[int, ...]]]) -> dict[int, int]:
+        """Position → position of the other half of its adapter.
+
+        Parameters of a group whose list is empty are remembered: ZeRO empties all other groups while it steps one.
+        """
+        full = {position >> 24 for position in present}
+        self._known = {at: what for at, what in self._known.items() if at >> 24 not in full} | present
+        positions = list(self._known)
+        names, shapes = zip(*self._known.values(), strict=True) if self._known else ((), ())
+        partner: dict[int, int] = {}
+        for a, b in find_pairs(names, shapes):
+            partner[positions[a]], partner[positions[b]] = positions[b], positions[a]
+        return partner
 
     def _recipe(self, g: int, info: ParamInfo) -> tuple[tuple[Technique, ...], tuple[Slot, ...]]:
         return self._recipe_of(self._optimizer.param_groups[g], info)
@@ -270,10 +294,14 @@ class Buckets:
         """Give the buckets of a group whose options changed their new recipe; form them again if its state differs."""
         for g, group in enumerate(self._optimizer.param_groups):
             options = tuple(v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "name"))
-            if self._options.get(g) != options:
-                if g in self._options:
+            lr = group["lr"]
+            if not isinstance(lr, Tensor) and not 0 <= lr < math.inf:
+                rule.check(type(self._optimizer).__name__, "lr", lr, rule.NON_NEGATIVE)
+            seen = self._options.get(g)
+            if seen is None or seen[0] is not group or seen[1] != options:
+                if seen is not None:
                     self._optimizer.check_group(group)
-                self._options[g] = options
+                self._options[g] = group, options
                 for bucket in {b for b in self._of.values() if b.key.group == g}:
                     chain, slots = self._recipe(g, bucket.info)
                     if slots == bucket.slots and bucket.stored_as(group["state_precision"]):
@@ -285,6 +313,12 @@ class Buckets:
     def _drop(self, bucket: Bucket) -> None:
         for p in bucket.params:
             self._of.pop(p, None)
+
+    def _drop_stale(self) -> None:
+        """Let go of buckets whose parameters or state were replaced."""
+        for bucket in set(self._of.values()):
+            if not bucket.views_hold(self._optimizer.state):
+                self._drop(bucket)
 
     def check_loaded(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
         """Raise ValueError unless loaded state is what the recipes of the loaded groups keep."""
@@ -350,7 +384,8 @@ class Buckets:
             bucket.convert(precision)
         for g, group in enumerate(opt.param_groups):
             group["state_precision"] = precision
-            self._options[g] = tuple(v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "name"))
+            options = tuple(v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "name"))
+            self._options[g] = group, options
 
     def state_bytes(self, precision: str | None) -> int:
         """Bytes of state held, or what all trainable parameters would hold in ``precision``."""

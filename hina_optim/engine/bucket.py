@@ -89,6 +89,7 @@ class Bucket:
         self.keys = torch.tensor([m.key for m in members]).to(torch.int32).to(key.device)
         self.storage: dict[str, Tensor] = {}
         self.programs: dict[frozenset[str], Any] = {}
+        self.digested: dict[str, int] = {}  # periodic technique → step after which it was refreshed last
         self._adopt()
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -140,18 +140,27 @@ class HinaOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         # names stay out of the groups: a flattened checkpoint repeats every group value for every parameter
         self._names.append(found or None)
+        self._buckets.learn(len(self._names) - 1, found)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError unless every option of a group (defaults filled in) is valid. Subclasses add joint rules."""
         rule.check_all(type(self).__name__, group, self.RULES)
 
     def param_names(self) -> list[str]:
-        """One name a parameter, in the order of the groups: its own where known, else its place."""
+        """One name a parameter, in the order of the groups: its own where known, else its place.
+
+        Where a name comes again (two models in one optimizer) it gets a number in front, ``"2:encoder.weight"``.
+        """
         names: list[str] = []
+        seen: Counter[str] = Counter()
         for g, group in enumerate(self.param_groups):
             known = self._names[g] if g < len(self._names) else None
             count = len(group["params"])
-            names += known if known and len(known) == count else [f"group{g}.{i}" for i in range(count)]
+            if known is None or len(known) != count:
+                names += [f"group{g}.{i}" for i in range(count)]
+            else:
+                names += [f"{seen[name] + 1}:{name}" if seen[name] else name for name in known]
+            seen.update(known or ())
         return names
 
     # -- step ----------------------------------------------------------------------------------------------------
@@ -287,4 +296,6 @@ class HinaOptimizer(torch.optim.Optimizer):
         if not hasattr(self, "_layout"):
             self._layout = LocalLayout()
         self._buckets = Buckets(self)
+        for g, known in enumerate(self._names):
+            self._buckets.learn(g, known)
         self._buckets.restore(alone)

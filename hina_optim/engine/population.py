@@ -24,13 +24,15 @@ def measuring(bucket: Bucket) -> frozenset[str]:
 
 
 def due(buckets: Iterable[Bucket]) -> dict[str, PeriodicTechnique]:
-    """Techniques of which some bucket has measured in its last step."""
+    """Techniques of which some bucket has measured in its last step, and was not refreshed since by another group's step."""
     return {
         one.name: one
         for bucket in buckets
         if bucket.step > 0
         for one in periodic(bucket.chain)
-        if (bucket.step - 1) % one.interval == 0 and one.applies(bucket.info)
+        if (bucket.step - 1) % one.interval == 0
+        and one.applies(bucket.info)
+        and bucket.digested.get(one.name) != bucket.step
     }
 
 
@@ -47,6 +49,8 @@ def refresh(name: str, buckets: Iterable[Bucket]) -> None:
         for one in periodic(bucket.chain)
         if one.name == name and one.applies(bucket.info)
     ]
+    for bucket, _ in using:
+        bucket.digested[name] = bucket.step
     # state of fixed shape may still differ in size from parameter to parameter (Gram matrices): one population a size
     sizes: dict[tuple[tuple[int, ...], ...], list[tuple[Bucket, PeriodicTechnique]]] = {}
     for bucket, one in using:

@@ -51,12 +51,16 @@ class FiniteGuard(Technique):
     def transform(self, flow: Flow) -> None:
         """Go on with zero for what is not finite, so that the outcome is finite and can be blended out."""
         raw = flow["grad"]
-        flow["engine.raw"] = raw
-        flow["grad"] = raw.nan_to_num(0.0, 0.0, 0.0)
+        # x - x is 0 for every finite element and NaN for any other; the compiler would fold x * 0 into 0
+        flow["engine.odd"] = raw - raw
+        if torch.compiler.is_compiling():  # compiled, a comparison vectorizes and nan_to_num does not; eagerly it is so
+            flow["grad"] = torch.where(flow["engine.odd"] == 0, raw, 0.0)
+        else:
+            flow["grad"] = raw.nan_to_num(0.0, 0.0, 0.0)
 
     def sums(self, flow: Flow) -> Sums:
-        """Zero for every finite element, NaN for any other: a multiplication is several times faster than a test."""
-        return {"bad": flow.values.pop("engine.raw") * 0}
+        """Zero for every finite element, NaN for any other: arithmetic is several times faster than a test."""
+        return {"bad": flow.values.pop("engine.odd")}
 
     def settle(self, flow: Flow, totals: Values) -> None:
         """Remember which parameters may be written."""
@@ -200,13 +204,11 @@ class Program:
         ok = flow[_FINITE]
         param = flow["param"]
         update = flow["rate"] * flow["update"]
-        if "scale" in flow:
-            update = update * flow["scale"]
-        target = param - update
+        target = torch.addcmul(param, update, flow["scale"], value=-1) if "scale" in flow else param - update
         if "decay" in flow:
-            target = target - flow["decay"] * param
+            target = torch.addcmul(target, flow["decay"], param, value=-1)
         if "pull" in flow:
-            target = target - flow["pull"] * (target - flow.state["anchor"])
+            target = torch.lerp(target, flow.state["anchor"].expand_as(target), flow["pull"])
         index, seeds = scalars.get("index"), scalars.get("seeds")
         if seeds is not None:
             seeds = flow.per_param(seeds)

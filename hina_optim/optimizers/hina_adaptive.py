@@ -116,7 +116,7 @@ class HinaAdaptive(HinaOptimizer, Inspection):
         rounding: How bf16 and fp16 parameters are written: "stochastic", "kahan" (compensated; keeps one more tensor of
             the parameter's size and dtype) or "nearest" (steps below half of the last bit are lost).
         seed: Of the stochastic rounding. The same on every rank, replica and resume.
-        compile: Run under torch.compile. None: on CUDA. Compiling takes long on a CPU.
+        compile: Run under torch.compile, one graph a segment and shape, which takes long to build. None: as False.
         foreach: Accepted for compatibility with torch's optimizers; without effect.
 
     Raises:
