@@ -31,6 +31,15 @@ ENGINE_RULES: dict[str, rule.Rule] = {
     "compile": rule.OPTIONAL_FLAG,
 }
 
+#: What they are where a subclass does not say.
+ENGINE_DEFAULTS: dict[str, Any] = {
+    "max_buffer_memory_mb": 500,
+    "state_precision": "fp32",
+    "rounding": "stochastic",
+    "seed": 0,
+    "compile": None,
+}
+
 
 class HinaOptimizer(torch.optim.Optimizer):
     """Runs a recipe of techniques over parameter groups.
@@ -68,7 +77,10 @@ class HinaOptimizer(torch.optim.Optimizer):
         self._names: list[list[str] | None] = []
         self._layout: Layout = LocalLayout()
         self._buckets = Buckets(self)
+        defaults = {**ENGINE_DEFAULTS, **defaults}
         rule.check_all(type(self).__name__, defaults, self.RULES)
+        if isinstance(params, Tensor):
+            raise TypeError(f"{type(self).__name__}: params must be an iterable of parameters, got one tensor: use [p].")
         given: list[Any] = list(params)
         if not given:
             raise ValueError(
@@ -102,6 +114,8 @@ class HinaOptimizer(torch.optim.Optimizer):
             # torch only warns about a parameter that is in one group twice
             group = dict(param_group)
             given = group.get("params", [])
+            if isinstance(given, (set, frozenset)):
+                raise TypeError(f"{owner}: params is a set, whose order changes between runs; use a list.")
             group["params"] = [given] if isinstance(given, Tensor) else list(given)
             merged = {**self.defaults, **{k: v for k, v in group.items() if k != "params"}}
             self.check_group(merged)

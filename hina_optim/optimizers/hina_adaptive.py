@@ -266,6 +266,11 @@ class HinaAdaptive(HinaOptimizer, Inspection):
         if reduce_precision and state_precision == "fp32":
             defaults["state_precision"] = "bf16"
         super().__init__(params, defaults)
+        if any(group["use_grams"] and group["use_cautious"] for group in self.param_groups):
+            log.warning(
+                "HinaAdaptive: with use_grams=True every update has its gradient's sign already, so use_cautious has "
+                "nothing to do and is left out; set use_cautious=False to say that you know."
+            )
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Every option by its rule; then those that must fit together."""

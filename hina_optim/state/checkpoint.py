@@ -115,6 +115,8 @@ def _match(
             )
     if len(here) != len(there):
         raise ValueError(f"{owner}: the checkpoint has {len(there)} groups, this optimizer {len(here)}.")
+    if not all("start_lr" in group for group in there):
+        raise ValueError(f"{owner}: the groups of the checkpoint have no 'start_lr': it is another optimizer's.")
     names = optimizer.param_names()
     order = list(range(len(here)))
     if about.get("named") and all(n is not None for n in optimizer._names):
