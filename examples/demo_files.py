@@ -25,7 +25,7 @@ SNIPPET_TOKENS = 24
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or 2)
 
 #: Each the best of the grid; ``python examples/demo.py --tune`` does it again.
-LEARNING_RATES = {"HinaAdaptive": 2e-3, "AdamW": 2e-3}
+LEARNING_RATES = {"HinaAdaptive": 1e-3, "AdamW": 2e-3}
 GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 TUNING_SEEDS = (101, 102)
 

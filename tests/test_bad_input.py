@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.optim_cases import EVERYTHING, give, named_params
 from torch import Tensor, nn
 
 from hina_optim import HinaAdaptive, create_optimizer
+from tests.optim_cases import EVERYTHING, give, named_params
 
 LR = 3e-4
 Named = list[tuple[str, nn.Parameter]]
@@ -176,9 +176,9 @@ def test_removed_arguments_name_what_to_use(name: str) -> None:
 
 def test_typos_in_names() -> None:
     model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="HinaAdaptve.*HinaAdaptive"):
+    with pytest.raises(ValueError, match=r"HinaAdaptve.*HinaAdaptive"):
         create_optimizer("HinaAdaptve", model, lr=LR)
-    with pytest.raises(ValueError, match="langage.*language"):
+    with pytest.raises(ValueError, match=r"langage.*language"):
         create_optimizer("HinaAdaptive", model, preset="langage", lr=LR)
 
 
@@ -197,7 +197,7 @@ def test_no_parameters(params: Any) -> None:
 
 def test_duplicates() -> None:
     p, q = weight(2), weight(3)
-    with pytest.raises(ValueError, match="parameter w is in group 0 twice.*once"):
+    with pytest.raises(ValueError, match=r"parameter w is in group 0 twice.*once"):
         HinaAdaptive([("w", p), ("v", q), ("w", p)], lr=LR)
     with pytest.raises(ValueError, match="twice"):
         HinaAdaptive([p, q, p], lr=LR)
@@ -268,6 +268,20 @@ def test_a_sparse_gradient_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"table has a sparse gradient.*sparse=False"):
         optimizer.step()
     same(([p.detach() for _, p in named], optimizer.state_dict()), before)
+
+
+def test_a_complex_gradient_is_named() -> None:
+    """torch refuses one by itself, unless it is told not to."""
+    named, optimizer = trained()
+    give(named, 3)
+    odd = dict(named)["vector"]
+    odd.grad = None
+    if not hasattr(odd, "grad_dtype"):
+        pytest.skip("this torch never lets a complex gradient in")
+    odd.grad_dtype = None
+    odd.grad = torch.ones(7, dtype=torch.complex64)
+    with refused(named, optimizer, RuntimeError, "vector", "complex"):
+        optimizer.step()
 
 
 def test_a_changed_shape_is_named() -> None:

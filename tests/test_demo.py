@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "demo.py"
-SMALL = ["--steps", "30", "--snippets", "0.05", "--layers", "1"]
+SMALL = ["--steps", "40", "--snippets", "0.05", "--layers", "1"]
 sys.path.insert(0, str(DEMO.parent))
 
 import demo_files  # noqa: E402
@@ -111,7 +111,7 @@ def test_finished_run_is_shown_again_at_once(whole: tuple[Path, str, int]) -> No
     began = time.monotonic()
     process = start(out)
     again, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and time.monotonic() - began < 5
+    assert process.returncode == 0 and time.monotonic() - began < 10
     table = (out / "table.txt").read_text()
     assert "is finished" in again and table in again and table in printed
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
@@ -134,7 +134,7 @@ def test_killed_and_interrupted_runs_end_at_the_same_weights(whole: tuple[Path, 
 
     for optimizer in ("HinaAdaptive", "AdamW"):
         one, two = (torch.load(f / optimizer / "last.ckpt", weights_only=True) for f in (expected, out))
-        assert one["global_step"] == two["global_step"] == 30
+        assert one["global_step"] == two["global_step"] == 40
         assert one["state_dict"].keys() == two["state_dict"].keys() and len(one["state_dict"]) > 10
         assert all(torch.equal(x, two["state_dict"][name]) for name, x in one["state_dict"].items())
         for parameter, state in one["optimizer_states"][0]["state"].items():
@@ -154,7 +154,7 @@ def test_damaged_checkpoint_is_not_gone_on_from(
     path = tmp_path / "last.ckpt"
     assert demo_model.read_checkpoint(path) is None
     shutil.copy(whole[0] / "AdamW" / "last.ckpt", path)
-    assert demo_model.read_checkpoint(path) == 30
+    assert demo_model.read_checkpoint(path) == 40
     path.write_bytes(path.read_bytes()[:20000])
     assert demo_model.read_checkpoint(path) is None
     assert "cannot be read" in capsys.readouterr().out

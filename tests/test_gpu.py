@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.optim_cases import EVERYTHING, give, named_params
 
 from hina_optim import HinaAdaptive
+from tests.optim_cases import EVERYTHING, give, named_params
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ from harness import initial_state, run_technique
 from hina_optim.optimizers.hina_adaptive import HinaAdaptive
 from hina_optim.reference import core
 from hina_optim.reference.hina_adaptive import DEFAULTS, IGNORED, ReferenceHinaAdaptive
-from hina_optim.techniques.base import ParamInfo, PeriodicTechnique, Technique
+from hina_optim.techniques.base import ParamInfo, PeriodicTechnique
 
 #: Both halves of a LoRA pair, a convolution, a matrix, a vector, a number, and nothing.
 SHAPES = [(3, 7), (5, 3), (2, 3, 3, 3), (4, 6), (5,), (), (0, 4)]
@@ -61,8 +61,7 @@ class Chain:
         self.infos = [ParamInfo(tuple(p.shape), roles.get(i), i in roles) for i, p in enumerate(params)]
         self.chains = [HinaAdaptive.recipe(None, self.group, info) for info in self.infos]
         self.chains = [
-            [one for one in chain if one.applies(info)]
-            for chain, info in zip(self.chains, self.infos, strict=True)
+            [one for one in chain if one.applies(info)] for chain, info in zip(self.chains, self.infos, strict=True)
         ]
         self.states = [
             {

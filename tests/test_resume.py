@@ -1,4 +1,4 @@
-"""Resuming is exact: run(N) equals run(k), save, new process, load, run(N-k), to the bit. And it is loud when it cannot be.
+"""Resuming is exact: run(N) equals run(k), save, new process, load, run(N-k), to the bit.
 
 Run as a program, this file is the new process: ``python -m tests.test_resume FOLDER``.
 """
@@ -20,14 +20,13 @@ from torch import Tensor, nn
 if __name__ != "__main__":
     import pytest
 
-from tests.optim_cases import EVERYTHING, named_params
-
 from hina_optim import HinaAdaptive
+from tests.optim_cases import EVERYTHING, named_params
 
 STEPS = 14
 LR = 3e-4
-#: Warm-up of the mask: 6 steps, its early phase 3. Adaptation measures in steps 1, 4, 7 and is refreshed in 2, 5, 8; the
-#: spectrum measures in steps 1, 3, 5. So: early, late, at the end of the warm-up, mature; 1 and 4 lie between measuring and refresh.
+#: Warm-up of the mask: 6 steps, its early phase 3. Adaptation measures in steps 1, 4, 7 and is refreshed in 2, 5, 8;
+#: the spectrum measures in 1, 3, 5. So: early, late, the end of the warm-up, mature; at 1 and 4 a measurement waits.
 STOPS = (1, 4, 6, 11)
 BF16 = torch.bfloat16
 CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
@@ -40,7 +39,7 @@ CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bf16-state-bf16-kahan": (BF16, {**EVERYTHING, "rounding": "kahan", "state_precision": "bf16"}),
 }
 
-#: Parameters without a gradient in every third step; the twins miss different ones, so that their steps come to be equal again.
+#: Parameters without a gradient in every third step; the twins miss different ones, and come to equal counts again.
 MISSING = {"wide": 1, "twin1": 1, "twin2": 2}
 
 State = dict[str, Any]
@@ -49,7 +48,9 @@ State = dict[str, Any]
 class Training:
     """Parameters, optimizer and schedule; one parameter lacks its gradient at times, one gradient is not finite."""
 
-    def __init__(self, dtype: torch.dtype, arguments: dict[str, Any], named: list[tuple[str, nn.Parameter]] | None = None):
+    def __init__(
+        self, dtype: torch.dtype, arguments: dict[str, Any], named: list[tuple[str, nn.Parameter]] | None = None
+    ):
         self.named = named or named_params(dtype)
         self.optimizer = HinaAdaptive(self.named, lr=LR, **arguments)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -314,17 +315,21 @@ def test_by_place_without_names(unnamed: str) -> None:
         same_bits(loading.state[q], optimizer.state[p])
 
 
-def test_a_switched_off_technique_leaves_a_checkpoint_that_loads() -> None:
-    """Editing an option in the middle of a run must not make its checkpoints unloadable."""
-    training = trained("fp32", 5)
-    training.optimizer.param_groups[0]["use_lr_mask"] = False
-    training.run(1)
+@pytest.mark.parametrize("edited", [{"use_lr_mask": False}, {"spatial_awareness": True}, {"state_precision": "bf16"}])
+@pytest.mark.parametrize("when", ["before a step", "right before saving"])
+def test_options_edited_in_the_middle_leave_a_checkpoint_that_loads(when: str, edited: dict[str, Any]) -> None:
+    """What a technique kept that is off now, or will keep that is on now, is as the saved options say."""
+    training = Training(torch.float32, {**EVERYTHING, "spatial_awareness": False})
+    training.run(5)
+    training.optimizer.param_groups[0].update(edited)
+    if when == "before a step":
+        training.run(1)
     other = Training(*CASES["fp32"])
     other.load(torch.load(io.BytesIO(saved_bytes(training.save())), weights_only=True))
     training.run(3)
     other.run(3)
     same_bits(other.save(), training.save())
-    assert not any("lr_mask" in state for state in training.optimizer.state.values())
+    assert all("lr_mask" in state for state in training.optimizer.state.values()) == ("use_lr_mask" not in edited)
 
 
 # -- copies ------------------------------------------------------------------------------------------------------------
@@ -406,7 +411,7 @@ def test_priming_by_torch_leaves_no_trace() -> None:
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
 def test_through_torchs_checkpoint_calls(dtype: torch.dtype, flat: bool) -> None:
-    """``get_optimizer_state_dict`` and ``set_optimizer_state_dict`` on a fresh optimizer: weights, state, continuation."""
+    """``get_`` and ``set_optimizer_state_dict`` on a fresh optimizer: weights, state, and how it goes on."""
     from torch.distributed.checkpoint import state_dict as dcp
 
     options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)

@@ -1,4 +1,4 @@
-"""Stochastic rounding: exact on average, the same everywhere; and what low precision costs a training with it and without."""
+"""Stochastic rounding: exact on average, the same everywhere; and what low precision costs with it and without."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ BF16, FP16 = torch.bfloat16, torch.float16
 LOW = [BF16, FP16]
 
 
-def noise(shape: tuple[int, ...], seed: int = 0, step: int = 0, keys: list[int] | None = None, stream: int = 0) -> Tensor:
+def noise(
+    shape: tuple[int, ...], seed: int = 0, step: int = 0, keys: list[int] | None = None, stream: int = 0
+) -> Tensor:
     """As the engine draws it: ``[N, *shape]``, for as many parameters as there are keys."""
     keys = keys or [0]
     seeds = param_seeds(torch.tensor(keys, dtype=torch.int32), seed, step)
@@ -42,7 +44,7 @@ def neighbors(x: float, dtype: torch.dtype) -> tuple[float, float]:
     "x", [1.0009765, -1.0031, 3.1415926, -2.5e4, 6.1e-5, -6.05e-5, 3.3e-6, -1.23e-7, 4e-8, 1e-3, 255.7, 0.99999]
 )
 def test_exact_on_average(dtype: torch.dtype, x: float) -> None:
-    """Every draw is one of the two neighbors, and their mean is the value: within five standard errors of 100,000 draws."""
+    """Every draw is one of the two neighbors; the mean of 100,000 is the value, within five standard errors."""
     count = 100_000
     draws = round_stochastic(torch.full((1, count), x), noise((count,)), dtype).double()
     exact = float(torch.tensor(x))
@@ -64,7 +66,7 @@ def test_what_is_representable_stays(dtype: torch.dtype) -> None:
     least = torch.zeros_like(most)
     for bits in (most, least, noise((every.numel(),))):
         rounded = round_stochastic(every.float()[None], bits, dtype)[0]
-        assert torch.equal(rounded.view(torch.int16), every.view(torch.int16))
+        assert torch.equal(rounded, every)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -208,7 +210,13 @@ def test_a_mask_in_bf16_follows_that_of_fp32(lr: float, bump: float) -> None:
     for precision in ("fp32", "bf16"):
         p = nn.Parameter(torch.zeros(48, 32))
         optimizer = HinaAdaptive(
-            [p], lr=lr, state_precision=precision, lr_bump=bump, warmup_steps=600, max_lr=1e-2, use_dynamic_adaptation=False
+            [p],
+            lr=lr,
+            state_precision=precision,
+            lr_bump=bump,
+            warmup_steps=600,
+            max_lr=1e-2,
+            use_dynamic_adaptation=False,
         )  # type: ignore[arg-type]
         masks[precision] = []
         for step in range(500):
@@ -230,7 +238,7 @@ def trained(dtype: torch.dtype, rounding: str, seed: int = 0) -> tuple[Tensor, f
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(64, 48, generator=generator).to(dtype).float() + 0.0
     goal = start + 0.02 * torch.randn(64, 48, generator=generator).sign()
-    p = nn.Parameter(start.to(dtype))
+    p = nn.Parameter(start.to(dtype, copy=True))
     optimizer = HinaAdaptive(
         [p],
         lr=1e-4,
@@ -257,8 +265,8 @@ def test_small_updates_arrive(dtype: torch.dtype) -> None:
         got, left = trained(dtype, rounding)
         errors[rounding] = abs(left - expected), float((got.float() - weights).mean().abs())
     assert expected < 0.5
-    for rounding in ("stochastic", "kahan"):
-        assert errors[rounding][0] < 0.05, errors
+    # what stochastic rounding leaves is the width of a last bit, not a loss of updates
+    assert errors["kahan"][0] < 0.03 and errors["stochastic"][0] < 0.1, errors
     if dtype == BF16:
         assert errors["nearest"][0] > 0.25, errors
 

@@ -1,15 +1,16 @@
 """Which parameters run together: buckets are formed, checked at every step, and formed again when something changed.
 
 Frameworks replace parameters, state dicts and group options behind an optimizer's back. Nothing is trusted from one
-step to the next: every step looks at what the groups hold, and a bucket whose parameters, views or options are no longer
-what it was built for is built again from ``optimizer.state``, which is always true.
+step to the next: every step looks at what the groups hold, and a bucket whose parameters, views or options are not what
+it was built for is built again from ``optimizer.state``, which is always true.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +63,8 @@ class Buckets:
                         f"{self._label(p)} has a sparse gradient; {type(opt).__name__} needs a dense one "
                         "(build the embedding with sparse=False)."
                     )
+                if grad.is_complex():
+                    raise RuntimeError(f"{self._label(p)} has a complex gradient; only real ones can be used.")
                 if grad.shape != p.shape:
                     raise RuntimeError(
                         f"{self._label(p)} has shape {tuple(p.shape)}, its gradient {tuple(grad.shape)}: the parameter "
@@ -148,13 +151,14 @@ class Buckets:
 
     def _form(self, params: Sequence[Tensor]) -> None:
         members = self._members(params)
-        recipes: dict[tuple[int, ParamInfo], tuple[tuple[Technique, ...], tuple[Slot, ...]]] = {}
+        recipes: dict[tuple[int, ParamInfo, torch.dtype], tuple[tuple[Technique, ...], tuple[Slot, ...]]] = {}
         groups: dict[BucketKey, list[Member]] = {}
         zero = self._zero_params([m for g, m in members if not m.state])
         for g, m in members:
-            if (g, m.info) not in recipes:
-                recipes[g, m.info] = self._recipe(g, m.info)
-            slots = recipes[g, m.info][1]
+            kind = g, m.info, m.param.dtype
+            if kind not in recipes:
+                recipes[kind] = self._recipe(self._optimizer.param_groups[g], m.info, m.param.dtype)
+            slots = recipes[kind][1]
             anchors = frozenset(s.name for s in slots if s.constant and self._is_zero(s, m, zero))
             self._check_state(m, slots, anchors, self._optimizer.param_groups[g])
             step = int(m.state["step"]) if "step" in m.state else 0
@@ -173,7 +177,7 @@ class Buckets:
             groups.setdefault(key, []).append(m)
         opt = self._optimizer
         for key, same in groups.items():
-            chain, slots = recipes[key.group, key.info]
+            chain, slots = recipes[key.group, key.info, key.dtype]
             bucket = Bucket(key, same, opt.param_groups[key.group], slots, chain)
             for m in same:
                 opt.state[m.param] = m.state
@@ -200,7 +204,7 @@ class Buckets:
                 mate = partner.get(positions[at], -1)
                 info = ParamInfo(shard.shape, role_of(names[at], shard.shape), mate >= 0)
                 key = opt._layout.key(p, positions[at])
-                state = opt.state[p] if p in opt.state else {}
+                state = opt.state.get(p, {})
                 found.append((g, Member(p, names[at], positions[at], key, info, shard, state, partner=mate)))
         return found
 
@@ -223,10 +227,10 @@ class Buckets:
             partner[positions[a]], partner[positions[b]] = positions[b], positions[a]
         return partner
 
-    def _recipe(self, g: int, info: ParamInfo) -> tuple[tuple[Technique, ...], tuple[Slot, ...]]:
-        return self._recipe_of(self._optimizer.param_groups[g], info)
-
-    def _recipe_of(self, group: dict[str, Any], info: ParamInfo) -> tuple[tuple[Technique, ...], tuple[Slot, ...]]:
+    def _recipe(
+        self, group: dict[str, Any], info: ParamInfo, dtype: torch.dtype
+    ) -> tuple[tuple[Technique, ...], tuple[Slot, ...]]:
+        """The techniques of a group that apply to such a parameter, and the state that they keep."""
         opt = self._optimizer
         chain = tuple(opt.recipe(group, info))
         check_recipe(chain, type(opt).__name__)
@@ -239,7 +243,7 @@ class Buckets:
                         f"{type(opt).__name__}: technique {one.name!r} declares the state {slot.name!r} as {slot}, "
                         f"another one as {slots[slot.name]}; give it another name."
                     )
-        if group["rounding"] == "kahan":
+        if group["rounding"] == "kahan" and dtype in (torch.bfloat16, torch.float16):
             slots[KAHAN.name] = KAHAN
         return chain, tuple(slots.values())
 
@@ -259,7 +263,7 @@ class Buckets:
         return m.position in zero and m.param.ndim > 0
 
     def _check_state(self, m: Member, slots: Sequence[Slot], anchors: frozenset[str], group: dict[str, Any]) -> None:
-        """State that exists must fit the parameter; what a technique lacks that came later begins afresh, and is said."""
+        """State that exists must fit the parameter; what a later technique lacks begins afresh, and is said."""
         if not m.state:
             return
         missing = []
@@ -303,7 +307,7 @@ class Buckets:
                     self._optimizer.check_group(group)
                 self._options[g] = group, options
                 for bucket in {b for b in self._of.values() if b.key.group == g}:
-                    chain, slots = self._recipe(g, bucket.info)
+                    chain, slots = self._recipe(group, bucket.info, bucket.key.dtype)
                     if slots == bucket.slots and bucket.stored_as(group["state_precision"]):
                         bucket.group, bucket.chain = group, chain
                         bucket.programs.clear()
@@ -313,6 +317,7 @@ class Buckets:
     def _drop(self, bucket: Bucket) -> None:
         for p in bucket.params:
             self._of.pop(p, None)
+        bucket.release()
 
     def _drop_stale(self) -> None:
         """Let go of buckets whose parameters or state were replaced."""
@@ -320,7 +325,7 @@ class Buckets:
             if not bucket.views_hold(self._optimizer.state):
                 self._drop(bucket)
 
-    def check_loaded(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
+    def check_loaded(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Raise ValueError unless loaded state is what the recipes of the loaded groups keep."""
         opt = self._optimizer
         owner = type(opt).__name__
@@ -328,7 +333,7 @@ class Buckets:
             group = {**opt.param_groups[g], **groups[g]}
             entry = state[m.param]
             known = {"step", "skipped"}
-            for slot in self._recipe_of(group, m.info)[1]:
+            for slot in self._recipe(group, m.info, m.param.dtype)[1]:
                 codec = codec_for(slot, group["state_precision"], m.param.dtype)
                 for suffix, dtype in codec.parts.items():
                     part = slot.name + suffix
@@ -355,12 +360,25 @@ class Buckets:
                     f"keep: another optimizer's checkpoint."
                 )
 
+    def clear(self) -> None:
+        """Let go of all buckets and the memory that they hold."""
+        for bucket in set(self._of.values()):
+            self._drop(bucket)
+
     def restore(self, alone: Iterable[int]) -> None:
         """Form the buckets of a run that is resumed: from all state, with parameters at the places ``alone`` alone."""
         places = self._places()
-        self._of.clear()
+        self.clear()
         self._alone = {places[at][0] for at in alone}
         self.ensure([p for _, _, p in places if self._optimizer.state.get(p)])
+
+    def conform(self) -> None:
+        """Bring state in line with options edited since the last step: a checkpoint must hold what its options say."""
+        with contextlib.suppress(ValueError):  # a bad option is the next step's to refuse, not a reason not to save
+            self._check_options()
+            homeless = [p for _, _, p in self._places() if self._optimizer.state.get(p) and p not in self._of]
+            if homeless:
+                self._form(homeless)
 
     def alone(self) -> list[int]:
         """Places, in the order of the groups, of parameters that run alone because they once lacked a gradient.
@@ -398,12 +416,13 @@ class Buckets:
         members = self._members(params)
         zero = self._zero_params([m for _, m in members if not m.state])
         total = 0
-        recipes: dict[tuple[int, ParamInfo], tuple[Slot, ...]] = {}
+        recipes: dict[tuple[int, ParamInfo, torch.dtype], tuple[Slot, ...]] = {}
         for g, m in members:
-            if (g, m.info) not in recipes:
-                recipes[g, m.info] = self._recipe(g, m.info)[1]
+            kind = g, m.info, m.param.dtype
+            if kind not in recipes:
+                recipes[kind] = self._recipe(opt.param_groups[g], m.info, m.param.dtype)[1]
             total += 8  # step and skipped
-            for slot in recipes[g, m.info]:
+            for slot in recipes[kind]:
                 codec = codec_for(slot, precision, m.param.dtype)
                 constant = slot.constant and self._is_zero(slot, m, zero)
                 shape = () if constant else slot.local_shape(tuple(m.param.shape))

@@ -180,6 +180,11 @@ class Bucket:
             d.get(name) is view for d, name, view in self.views
         )
 
+    def release(self) -> None:
+        """Let go of all tensors: programs and their bucket know each other, and would keep them until Python looks."""
+        self.programs.clear()
+        self.storage, self.views, self.members, self.params = {}, [], [], []
+
     def state_bytes(self) -> int:
         """Bytes of stored state, step counters included."""
         tensors = [*self.storage.values(), self.steps, self.skipped]

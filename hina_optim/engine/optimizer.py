@@ -80,7 +80,7 @@ class HinaOptimizer(torch.optim.Optimizer):
         defaults = {**ENGINE_DEFAULTS, **defaults}
         rule.check_all(type(self).__name__, defaults, self.RULES)
         if isinstance(params, Tensor):
-            raise TypeError(f"{type(self).__name__}: params must be an iterable of parameters, got one tensor: use [p].")
+            raise TypeError(f"{type(self).__name__}: params must be an iterable of parameters, got a tensor: use [p].")
         given: list[Any] = list(params)
         if not given:
             raise ValueError(
@@ -275,6 +275,7 @@ class HinaOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """State, groups, and under ``"hina"`` what lets :meth:`load_state_dict` check that they belong here."""
+        self._buckets.conform()
         result = super().state_dict()
         result["state"] = {k: checkpoint.unstacked(state) for k, state in result["state"].items()}
         result["hina"] = checkpoint.describe(self)

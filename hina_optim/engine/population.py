@@ -24,7 +24,7 @@ def measuring(bucket: Bucket) -> frozenset[str]:
 
 
 def due(buckets: Iterable[Bucket]) -> dict[str, PeriodicTechnique]:
-    """Techniques of which some bucket has measured in its last step, and was not refreshed since by another group's step."""
+    """Techniques of which some bucket measured in its last step and was not refreshed since in another group's step."""
     return {
         one.name: one
         for bucket in buckets

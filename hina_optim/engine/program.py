@@ -217,9 +217,12 @@ class Program:
             assert seeds is not None and index is not None
             written = round_stochastic(target, element_noise(seeds, index.to(torch.int32), 0), old.dtype)
         elif self.rounding == "kahan":
-            wanted = (target - param) + flow.state[KAHAN.name]
-            written = (param + wanted).to(old.dtype)
-            flow.new[KAHAN.name] = wanted - (written.to(self.compute) - param)
+            # an element that does not move (lr 0) keeps weight and remainder: a remainder of half a bit would round up
+            lost = flow.state[KAHAN.name]
+            moves = target != param
+            wanted = (target - param) + lost
+            written = torch.where(moves, param + wanted, param).to(old.dtype)
+            flow.new[KAHAN.name] = torch.where(moves, wanted - (written.to(self.compute) - param), lost)
         else:
             written = target.to(old.dtype)
         blend(old, written, ok)

@@ -36,7 +36,7 @@ def describe(optimizer: HinaOptimizer) -> dict[str, Any]:
 
 
 def unstacked(state: Mapping[str, Any]) -> dict[str, Any]:
-    """One parameter's state as tensors of its own: the pickle of a view carries the whole stack, for every parameter."""
+    """One parameter's state as tensors of its own: the pickle of a view carries its whole stack for every parameter."""
     return {
         k: v.clone() if type(v) is Tensor and v.untyped_storage().nbytes() > v.numel() * v.element_size() else v
         for k, v in state.items()
@@ -69,10 +69,10 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
     kept = sum(bool(entry) for entry in saved["state"].values())
     if kept < about.get("kept", 0):
         raise ValueError(
-            f"{owner}: the checkpoint has the state of {kept} parameters, {about['kept']} had one when it was saved: it "
-            "is truncated."
+            f"{owner}: the checkpoint has the state of {kept} parameters, {about['kept']} had one when it was saved: "
+            "it is truncated."
         )
-    state: dict[Tensor, dict[str, Any]] = {}
+    entries: dict[Tensor, Mapping[str, Any]] = {}
     for index, entry in saved["state"].items():
         if index not in indices:
             raise ValueError(
@@ -81,13 +81,19 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
         at = indices[index]
         if entry == {}:
             continue  # torch's state makes an empty entry for whoever only looks
-        state[params[at]] = _entry(owner, names[at], params[at], entry)
-    optimizer._buckets.check_loaded(groups, state)
-    # from here on nothing can fail
+        if not isinstance(entry, Mapping) or "step" not in entry:
+            raise ValueError(
+                f"{owner}: the state of {names[at]} has no 'step': it is truncated, or another optimizer's."
+            )
+        entries[params[at]] = entry
+    optimizer._buckets.check_loaded(groups, entries)
+    # it all fits; the old state goes before the new one comes, so that loading needs no more memory than training
     for group, options in zip(optimizer.param_groups, groups, strict=True):
         group.update(options)
+    optimizer._buckets.clear()
     optimizer.state.clear()
-    optimizer.state.update(state)
+    for param, entry in entries.items():
+        optimizer.state[param] = _own(param, entry)
     every = list(indices.values())
     optimizer._buckets.restore([every[at] for at in about.get("alone", ())])
 
@@ -124,7 +130,8 @@ def _match(
         missing, extra = sorted(set(names) - set(old)), sorted(set(old) - set(names))
         if missing or extra:
             raise ValueError(
-                f"{owner}: the checkpoint is of another model: {_some('it lacks', missing)}{_some('it has unknown', extra)}"
+                f"{owner}: the checkpoint is of another model: "
+                f"{_some('it lacks', missing)}{_some('it has unknown', extra)}"
             )
         place = {name: at for at, name in enumerate(names)}
         match = {index: place[name] for index, name in zip(saved_indices, old, strict=True)}
@@ -160,8 +167,8 @@ def _matching_groups(optimizer: HinaOptimizer, there: list[Any], match: Mapping[
         if mine not in places:
             raise ValueError(
                 f"{type(optimizer).__name__}: no group of the checkpoint holds the same parameters as group {g} "
-                f"({group.get('name', 'unnamed')}) here, so whose options it should get is unknown: build the groups as "
-                "they were."
+                f"({group.get('name', 'unnamed')}) here, so whose options it should get is unknown: build the groups "
+                "as they were."
             )
         order.append(places.index(mine))
     return order
@@ -188,10 +195,8 @@ def _merged_groups(optimizer: HinaOptimizer, saved: list[dict[str, Any]]) -> lis
     return merged
 
 
-def _entry(owner: str, name: str, param: Tensor, entry: Any) -> dict[str, Any]:
+def _own(param: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:
     """One parameter's state: on its device, dtype as saved, not shared with the caller's tensors."""
-    if not isinstance(entry, Mapping) or "step" not in entry:
-        raise ValueError(f"{owner}: the state of {name} has no 'step': it is truncated, or another optimizer's.")
     loaded: dict[str, Any] = {}
     for key, value in entry.items():
         if not isinstance(value, Tensor):

@@ -48,7 +48,7 @@ def round_stochastic(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         x: float32.
-        noise: int32, same shape, at least 24 uniform low bits.
+        noise: int32, same shape, at least 16 uniform low bits.
         dtype: ``torch.bfloat16`` or ``torch.float16``. Values beyond float16's range become infinite, as in a cast.
     """
     drop = 16 if dtype == torch.bfloat16 else 13
@@ -57,6 +57,7 @@ def round_stochastic(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = ((bits + (noise & mask)) & ~mask).view(torch.float32)
     if dtype == torch.float16:
         # below the smallest normal number the quantum no longer shrinks with the value
-        unit = (noise & 0xFFFFFF).float() * 2.0**-24
+        # (13 bits beside at most 10 of the value: the sum is exact, and a representable value stays)
+        unit = (noise & mask).float() * 2.0**-drop
         rounded = torch.where(x.abs() < 2.0**-14, torch.floor(x * 2.0**24 + unit) * 2.0**-24, rounded)
     return torch.where(torch.isfinite(x), rounded, x).to(dtype)
