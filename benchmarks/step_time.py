@@ -107,14 +107,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workload", choices=("lora", "model", "both"), default="both")
     parser.add_argument("--quick", action="store_true", help="leave the compiled variants out")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/step_time.json"))
     args = parser.parse_args()
     tables = {}
-    for title, shapes in (
-        ("500 LoRA tensors, rank 16", lora_shapes()),
-        ("a 50M-parameter transformer", model_shapes()),
-    ):
+    workloads = {
+        "lora": ("500 LoRA tensors, rank 16", lora_shapes()),
+        "model": ("a 50M-parameter transformer", model_shapes()),
+    }
+    for title, shapes in [workloads[w] for w in workloads if args.workload in (w, "both")]:
         count = sum(torch.Size(s).numel() for s in shapes)
         rows = tables[title] = measure(shapes, args.device, args.rounds, args.quick)
         print(

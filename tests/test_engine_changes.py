@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -353,11 +353,11 @@ TRANSPARENT: dict[str, Callable[[Named, HinaAdaptive], Training]] = {
     "look": look,
 }
 
-some = st.sets(st.integers(0, len(SHAPES) - 1), max_size=6)
+some = st.one_of(st.just(set()), st.sets(st.integers(0, len(SHAPES) - 1), max_size=6))
 doings = st.lists(st.sampled_from(sorted(TRANSPARENT)), max_size=2)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @given(st.lists(st.tuples(doings, some, some, st.booleans()), min_size=4, max_size=8))
 def test_what_frameworks_do_between_steps_leaves_no_trace(
     steps: list[tuple[list[str], set[int], set[int], bool]],
@@ -376,6 +376,9 @@ def test_what_frameworks_do_between_steps_leaves_no_trace(
                 if i in without:
                     p.grad = None
         expected.step()
+        # group by group needs parameters that measure in the same step, and lists that were full after a swap
+        in_phase = not any(missed for _, missed, _, _ in steps[: step + 1])
+        by_group = by_group and in_phase and not {"clone state", "swap parameters"} & set(between)
         lists = [group["params"] for group in optimizer.param_groups]
         for chosen in ([0], [1]) if by_group else ([0, 1],):
             for g, group in enumerate(optimizer.param_groups):

@@ -99,6 +99,7 @@ class Buckets:
                 self._optimizer.before_state()
             self._drop_stale()
             self._form(homeless)
+            self._form_waiting()
 
     def program(self, bucket: Bucket) -> Program:
         """The bucket's segments for its next step."""
@@ -125,12 +126,15 @@ class Buckets:
 
     def _everyone(self) -> list[Bucket]:
         """Buckets of all parameters that have state, however they came to it (a load, a swap)."""
-        opt = self._optimizer
         self._drop_stale()
-        waiting = [p for group in opt.param_groups for p in group["params"] if opt.state.get(p) and p not in self._of]
+        self._form_waiting()
+        return list(dict.fromkeys(self._of.values()))
+
+    def _form_waiting(self) -> None:
+        """Buckets for those that have state and none: they have no gradient now, but count among all parameters."""
+        waiting = [p for _, _, p in self._places() if self._optimizer.state.get(p) and p not in self._of]
         if waiting:
             self._form(waiting)
-        return list(dict.fromkeys(self._of.values()))
 
     def _is_priming(self, work: Sequence[Bucket]) -> bool:
         """A step with lr 0 and all-zero gradients, as torch's checkpoint code takes to create state: it must not count.
@@ -376,9 +380,7 @@ class Buckets:
         """Bring state in line with options edited since the last step: a checkpoint must hold what its options say."""
         with contextlib.suppress(ValueError):  # a bad option is the next step's to refuse, not a reason not to save
             self._check_options()
-            homeless = [p for _, _, p in self._places() if self._optimizer.state.get(p) and p not in self._of]
-            if homeless:
-                self._form(homeless)
+            self._form_waiting()
 
     def alone(self) -> list[int]:
         """Places, in the order of the groups, of parameters that run alone because they once lacked a gradient.
@@ -397,7 +399,7 @@ class Buckets:
         """Store all state in another precision."""
         opt = self._optimizer
         self._check_options()
-        self.ensure([p for group in opt.param_groups for p in group["params"] if p in opt.state])
+        self.ensure([p for _, _, p in self._places() if opt.state.get(p)])
         for bucket in dict.fromkeys(self._of.values()):
             bucket.convert(precision)
         for g, group in enumerate(opt.param_groups):

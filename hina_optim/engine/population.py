@@ -24,7 +24,11 @@ def measuring(bucket: Bucket) -> frozenset[str]:
 
 
 def due(buckets: Iterable[Bucket]) -> dict[str, PeriodicTechnique]:
-    """Techniques of which some bucket measured in its last step and was not refreshed since in another group's step."""
+    """Techniques of which some bucket has measured in its last step.
+
+    Refreshing again changes nothing until the next measurement. Only where every step measures, a group that comes
+    after another in one round must not digest what that one has measured just now: it had its refresh then.
+    """
     return {
         one.name: one
         for bucket in buckets
@@ -32,7 +36,7 @@ def due(buckets: Iterable[Bucket]) -> dict[str, PeriodicTechnique]:
         for one in periodic(bucket.chain)
         if (bucket.step - 1) % one.interval == 0
         and one.applies(bucket.info)
-        and bucket.digested.get(one.name) != bucket.step
+        and (one.interval > 1 or bucket.digested.get(one.name) != bucket.step)
     }
 
 

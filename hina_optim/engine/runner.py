@@ -1,10 +1,9 @@
 """One step over all buckets: cells, phases, one reduction a phase, and nothing written before everything is known.
 
-A *cell* is what runs at once: some parameters of a bucket, or a chunk of a large one. Cells whose sums must meet
-before the next
-phase form a *domain*: one cell in the usual case, the chunks of a large parameter, or everything where parameters are
-sharded. Values are kept from phase to phase in a domain of one cell; in a larger one they are computed again from the
-stored tensors if keeping them would take more memory than allowed.
+A *cell* is what runs at once: some parameters of a bucket, or a chunk of a large one. Cells whose sums must meet before
+the next phase form a *domain*: one cell in the usual case, the chunks of a large parameter, or everything where
+parameters are sharded. Values are kept from phase to phase in a domain of one cell; in a larger one they are computed
+again from the stored tensors if keeping them would take more memory than allowed.
 """
 
 from __future__ import annotations
