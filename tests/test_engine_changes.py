@@ -204,6 +204,24 @@ def test_state_replaced_by_copies() -> None:
         state_equal(optimizer.state[p], expected.state[q])
 
 
+@pytest.mark.parametrize("where", ["on another device", "emptied"])
+def test_an_idle_parameter_is_in_nobodys_way(where: str) -> None:
+    """Layer-wise training puts idle layers elsewhere; that is an error only once they are to be stepped."""
+    named, optimizer = build(relationship_discovery_interval=2)
+    at = [name for name, _ in named].index("square")
+    run(named, optimizer, 3)
+    idle = nn.Parameter(torch.empty(5, 5, device="meta") if where != "emptied" else torch.empty(0))
+    optimizer.state[idle] = optimizer.state.pop(named[at][1])
+    optimizer.param_groups[0]["params"][at] = idle
+    others = named[:at] + named[at + 1 :]
+    for step in range(3, 7):
+        give(named, step)
+        dict(named)["twin1"].grad = None if step % 2 else dict(named)["twin1"].grad
+        optimizer.step()
+        assert len(optimizer.state_dict()["state"]) == len(named)
+    assert all(float(optimizer.state[p]["step"]) == (5 if name == "twin1" else 7) for name, p in others)
+
+
 def test_a_deleted_state_begins_afresh() -> None:
     named, optimizer = build(**APART)
     run(named, optimizer, 3)

@@ -134,7 +134,7 @@ class Buckets:
         """Buckets for those that have state and none: they have no gradient now, but count among all parameters."""
         waiting = [p for _, _, p in self._places() if self._optimizer.state.get(p) and p not in self._of]
         if waiting:
-            self._form(waiting)
+            self._form(waiting, needed=False)
 
     def _is_priming(self, work: Sequence[Bucket]) -> bool:
         """A step with lr 0 and all-zero gradients, as torch's checkpoint code takes to create state: it must not count.
@@ -153,7 +153,8 @@ class Buckets:
 
     # -- forming buckets -----------------------------------------------------------------------------------------
 
-    def _form(self, params: Sequence[Tensor]) -> None:
+    def _form(self, params: Sequence[Tensor], needed: bool = True) -> None:
+        """Buckets for parameters that have none; if they are not needed now, state that does not fit is left alone."""
         members = self._members(params)
         recipes: dict[tuple[int, ParamInfo, torch.dtype], tuple[tuple[Technique, ...], tuple[Slot, ...]]] = {}
         groups: dict[BucketKey, list[Member]] = {}
@@ -164,7 +165,12 @@ class Buckets:
                 recipes[kind] = self._recipe(self._optimizer.param_groups[g], m.info, m.param.dtype)
             slots = recipes[kind][1]
             anchors = frozenset(s.name for s in slots if s.constant and self._is_zero(s, m, zero))
-            self._check_state(m, slots, anchors, self._optimizer.param_groups[g])
+            try:
+                self._check_state(m, slots, anchors, self._optimizer.param_groups[g])
+            except RuntimeError:
+                if needed:
+                    raise
+                continue
             step = int(m.state["step"]) if "step" in m.state else 0
             alone = m.info.numel > SOLO_NUMEL or m.position in self._alone
             key = BucketKey(
