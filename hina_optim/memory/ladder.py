@@ -185,7 +185,7 @@ def used_bytes(optimizer: Saver) -> int:
     state = optimizer.state_bytes()
     pending = 0
     if not state:
-        pending = max(optimizer.state_bytes(group["state_precision"]) for group in optimizer.param_groups)
+        pending = max(optimizer.state_bytes(p) for p in {group["state_precision"] for group in optimizer.param_groups})
     devices = {p.device for p in _parameters(optimizer) if p.is_cuda}
     if devices:
         return max(torch.cuda.memory_allocated(device) for device in devices) + pending
