@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -67,7 +68,7 @@ def configure_optimizers(
             - a class path (``"torch.optim.AdamW"``) or a ``torch.optim.Optimizer`` class;
             - a factory that takes parameter groups, such as LightningCLI makes for ``OptimizerCallable``;
             - ``{"class_path": …, "init_args": …}``, what LightningCLI links.
-        lr: Learning rate, ≥ 0. A factory and a mapping may bring their own; everything else needs it.
+        lr: Learning rate, ≥ 0. A factory, a mapping and a ``config`` may bring their own; everything else needs it.
         preset: A preset of the registered optimizer (:func:`hina_optim.list_presets`).
         weight_decay: ≥ 0, for the groups that decay. None: the optimizer's default.
         schedule: ``"cosine"``, ``"linear"``, ``"constant"`` (see :class:`~hina_lightning.schedules.Schedule`), or None
@@ -77,12 +78,13 @@ def configure_optimizers(
             ``warmup_steps`` of a masked optimizer, in which the mask moves.
         lr_multipliers: ``{regex: factor}``; the first one found in a parameter's name multiplies its learning rate, and
             ``min_lr``, ``max_lr`` and ``lr_bump`` where the optimizer has them.
-        lora_ratio: LoRA+: learning rate of every adapter's B over that of A.
+        lora_ratio: LoRA+: learning rate of every adapter's B over that of A. Not beside the ``alora_ratio`` of an
+            optimizer that has one.
         total_steps: Optimizer steps of the whole training. None: ``module.trainer.estimated_stepping_batches``.
         end_factor: Share of the learning rate at which a cosine or linear schedule ends, in [0, 1].
         name: Name of the schedule in ``LearningRateMonitor``, which logs ``<name>/<group>``. Give each of several
             optimizers its own.
-        **arguments: Every other argument goes to the optimizer.
+        **arguments: Every other argument goes to the optimizer, a ``config`` object or a ``profile`` too.
 
     Returns:
         ``{"optimizer": …, "lr_scheduler": {"scheduler", "interval": "step", "frequency": 1, "name"}}``, without
@@ -91,7 +93,8 @@ def configure_optimizers(
 
     Raises:
         ValueError: A value is not what it must be; nothing is trainable; a regular expression decides for nothing;
-            ``lora_ratio`` without an adapter; the number of steps is not known (endless training, no trainer).
+            ``lora_ratio`` without an adapter, or twice; the number of steps is not known (endless training, no
+            trainer).
         TypeError: The optimizer does not know an argument.
 
     Example:
@@ -121,6 +124,8 @@ def configure_optimizers(
     build = _builder(optimizer, preset, lr, weight_decay, arguments)
     groups = group_parameters(module, lr_multipliers=lr_multipliers, lora_ratio=lora_ratio)
     built = build(_options(groups, build, lr, weight_decay))
+    if lora_ratio is not None:
+        _refuse_second_ratio(built, lora_ratio)
     if schedule is None:
         return {"optimizer": built}
     form = _schedule(module, schedule, warmup, total_steps, end_factor)
@@ -135,7 +140,13 @@ def _from_mapping(given: Mapping[str, Any], arguments: dict[str, Any]) -> tuple[
     unknown = given.keys() - {"class_path", "init_args"}
     if unknown or not isinstance(given.get("class_path"), str):
         raise ValueError(f"{_OWNER}: optimizer={dict(given)!r} must be {{'class_path': …, 'init_args': {{…}}}}.")
-    return given["class_path"], {**(given.get("init_args") or {}), **arguments}
+    init_args = dict(given.get("init_args") or {})
+    if init_args.get("config") is not None:
+        # LightningCLI spells out every default beside the config, and none of them was meant to override it
+        cls = _imported(given["class_path"])
+        defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+        init_args = {name: value for name, value in init_args.items() if value != defaults.get(name)}
+    return given["class_path"], {**init_args, **arguments}
 
 
 def _builder(
@@ -148,13 +159,11 @@ def _builder(
     """A function that makes the optimizer from groups."""
     if isinstance(optimizer, str) and "." in optimizer:
         optimizer = _imported(optimizer)
-    if lr is None and (isinstance(optimizer, (str, type))):
-        raise ValueError(f"{_OWNER}: give lr, the learning rate.")
     given = dict(arguments)
     if isinstance(optimizer, (str, type)):
-        given["lr"] = lr
-        if weight_decay is not None:
-            given["weight_decay"] = weight_decay
+        if lr is None and given.get("config") is None:
+            raise ValueError(f"{_OWNER}: give lr, the learning rate.")
+        given |= {name: x for name, x in (("lr", lr), ("weight_decay", weight_decay)) if x is not None}
     if isinstance(optimizer, str):
         registered = optimizer
         return lambda groups: hina_optim.create_optimizer(registered, groups, preset=preset, **given)
@@ -203,6 +212,17 @@ def _options(
             option["weight_decay"] = weight_decay
         options.append(option)
     return options
+
+
+def _refuse_second_ratio(optimizer: Optimizer, lora_ratio: float) -> None:
+    """LoRA+ is done once: by the groups' learning rates, or by the optimizer itself."""
+    for group in optimizer.param_groups:
+        if group.get("use_alora") and group.get("alora_ratio", 1) != 1:
+            raise ValueError(
+                f"{_OWNER}: lora_ratio={lora_ratio!r} was given, and {type(optimizer).__name__} multiplies the "
+                f"learning rate of every B by alora_ratio={group['alora_ratio']!r} itself: leave lora_ratio out, or "
+                "set alora_ratio=1."
+            )
 
 
 def _params(named: list[tuple[str, nn.Parameter]]) -> list[Any]:

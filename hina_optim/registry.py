@@ -1,18 +1,21 @@
-"""Names → optimizers: one record each, which feeds listing, construction, the documentation and the tests."""
+"""Names → optimizers: find them, list them, and build them from names, text, presets, configurations and arguments."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import fnmatch
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from hina_optim.arguments import nearest
+from hina_optim.catalog import RECORDS, OptimizerInfo, Paper
 from hina_optim.engine.optimizer import HinaOptimizer
-from hina_optim.optimizers.hina_adaptive import HinaAdaptive
-from hina_optim.presets import PRESETS, Preset
+from hina_optim.parsing import parse_arguments
+from hina_optim.presets import Preset
 
 __all__ = [
     "OptimizerInfo",
@@ -24,94 +27,37 @@ __all__ = [
 ]
 
 
-class Paper(NamedTuple):
-    """A source: title and arXiv number."""
-
-    title: str
-    arxiv: str
-
-    @property
-    def url(self) -> str:
-        """Where to read it."""
-        return f"https://arxiv.org/abs/{self.arxiv}"
+def _key(name: str) -> str:
+    """What is left of a name without case, underscores and hyphens, and the name of the package before it."""
+    return re.sub(r"[\s_-]", "", name.removeprefix("hina_optim.")).lower()
 
 
-@dataclass(frozen=True)
-class OptimizerInfo:
-    """All that is known of an optimizer without building it.
-
-    Attributes:
-        name: The name of the class.
-        cls: The class.
-        description: One sentence.
-        aliases: Other spellings of the name that are understood.
-        papers: What it builds upon.
-        capabilities: What can be relied on, in words that tests iterate over.
-        state_precisions: What its state may be stored in, highest first.
-        tags: Words to find it by.
-    """
-
-    name: str
-    cls: type[HinaOptimizer]
-    description: str
-    aliases: tuple[str, ...] = ()
-    papers: tuple[Paper, ...] = ()
-    capabilities: frozenset[str] = frozenset()
-    state_precisions: tuple[str, ...] = ("fp32", "bf16")
-    tags: frozenset[str] = frozenset()
-    presets: tuple[Preset, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "presets", tuple(preset for preset in PRESETS if preset.optimizer == self.name))
-
-
-_RECORDS = (
-    OptimizerInfo(
-        name="HinaAdaptive",
-        cls=HinaAdaptive,
-        description=(
-            "ADOPT or AdamW with gradient regularization, a learning rate for every element, and learning rate that "
-            "moves to the parameters that matter."
-        ),
-        aliases=("hina_adaptive",),
-        papers=(
-            Paper("Decoupled Weight Decay Regularization", "1711.05101"),
-            Paper("ADOPT: Modified Adam Can Converge with Any β2 with the Optimal Rate", "2411.02853"),
-            Paper("Adaptive Gradient Regularization", "2407.16944"),
-            Paper("Torque-Aware Momentum", "2412.18790"),
-            Paper("Cautious Optimizers: Improving Training with One Line of Code", "2411.16085"),
-            Paper("Grams: Gradient Descent with Adaptive Momentum Scaling", "2412.17107"),
-            Paper("Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", "2411.01713"),
-            Paper("Grokking at the Edge of Numerical Stability", "2501.04697"),
-        ),
-        capabilities=frozenset(
-            {"lr_mask", "importance", "relationships", "lora", "vram_budget", "compile", "exact_resume", "closure"}
-        ),
-        tags=frozenset({"adam", "adopt", "lora", "fine-tuning", "low-memory"}),
-    ),
-)
-_BY_NAME = {spelling: info for info in _RECORDS for spelling in (info.name, *info.aliases)}
+_BY_KEY = {_key(spelling): info for info in RECORDS for spelling in (info.name, *info.aliases)}
 
 
 def create_optimizer(
     name: str,
     params_or_model: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
+    *given: Any,
     preset: str | None = None,
     **arguments: Any,
 ) -> HinaOptimizer:
     """Build an optimizer by name.
 
     Args:
-        name: As listed by :func:`list_optimizers`, or in the spelling of a function (``"hina_adaptive"``).
+        name: As listed by :func:`list_optimizers`, or another spelling of it: any case, with or without underscores.
         params_or_model: A module, of which every parameter that requires grad is taken with its name; or parameters,
             named parameters or groups, as for any optimizer of torch.
+        *given: Strings of the form ``"lr=1e-3"``, one argument each or several (see
+            :func:`~hina_optim.parsing.parse_arguments`), ``"preset=lora"`` among them; mappings of arguments; and a
+            configuration object, the same as ``config=``.
         preset: A set of arguments for a purpose; see :func:`list_presets`. It never sets the learning rate.
-        **arguments: Of the class. They override the preset.
+        **arguments: Of the class. These, and those in ``given``, override the preset.
 
     Raises:
         ValueError: No such optimizer or preset (names the nearest), a module without a parameter that requires grad,
-            or an argument with a bad value.
-        TypeError: An argument that the class does not have (names the nearest).
+            text that cannot be read, or an argument with a bad value.
+        TypeError: An argument that the class does not have (names the nearest), or one that is given twice.
 
     Example:
         >>> import torch
@@ -119,10 +65,27 @@ def create_optimizer(
         >>> optimizer = create_optimizer("HinaAdaptive", model, preset="language", lr=3e-4, warmup_steps=100)
         >>> optimizer.param_groups[0]["warmup_steps"], optimizer.param_groups[0]["lora_rank_penalty"]
         (100, True)
+        >>> optimizer = create_optimizer("hina_adaptive", model, "lr=3e-4", "betas=(0.9, 0.99) use_tam=no")
+        >>> optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["use_tam"]
+        ((0.9, 0.99), False)
     """
     info = get_optimizer_info(name)
-    given = {**_preset(info, preset).arguments, **arguments} if preset is not None else arguments
-    return info.cls(_params(params_or_model), **given)
+    parts: list[Mapping[str, Any]] = [parse_arguments(info.cls, _texts(info, given), {"preset": str | None})]
+    for one in given:
+        if isinstance(one, Mapping):
+            parts.append(one)
+        elif not isinstance(one, str):
+            parts.append({"config": one})
+    parts += [arguments, {} if preset is None else {"preset": preset}]
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            if key in merged:
+                raise TypeError(f"{info.name}: {key} is given twice, as {merged[key]!r} and as {value!r}.")
+            merged[key] = value
+    chosen = merged.pop("preset", None)
+    below: Mapping[str, Any] = {} if chosen is None else _preset(info, chosen).arguments
+    return info.cls(_params(params_or_model), **{**below, **merged})
 
 
 def list_optimizers(filter: str | None = None) -> list[str]:
@@ -133,7 +96,7 @@ def list_optimizers(filter: str | None = None) -> list[str]:
     """
     return sorted(
         info.name
-        for info in _RECORDS
+        for info in RECORDS
         if filter is None
         or fnmatch.fnmatchcase(info.name.lower(), filter.lower())
         or filter in info.tags | info.capabilities
@@ -146,24 +109,37 @@ def list_presets(optimizer: str | None = None) -> list[str]:
     Raises:
         ValueError: No such optimizer.
     """
-    records = _RECORDS if optimizer is None else (get_optimizer_info(optimizer),)
+    records = RECORDS if optimizer is None else (get_optimizer_info(optimizer),)
     return sorted({preset.name for info in records for preset in info.presets})
 
 
 def get_optimizer_info(name: str) -> OptimizerInfo:
-    """The record of an optimizer.
+    """The record of an optimizer, by any spelling of its name.
 
     Raises:
         ValueError: No such optimizer; names the nearest.
     """
-    info = _BY_NAME.get(name)
-    if info is None:
-        raise ValueError(f"There is no optimizer named {name!r}. {nearest(str(name), _names())}")
-    return info
+    key = _key(str(name))
+    if key in _BY_KEY:
+        return _BY_KEY[key]
+    near = difflib.get_close_matches(key, _BY_KEY, n=1, cutoff=0.6)
+    hint = f"Did you mean {_BY_KEY[near[0]].name!r}?" if near else f"Known: {', '.join(list_optimizers())}."
+    raise ValueError(f"There is no optimizer named {name!r}. {hint}")
 
 
-def _names() -> list[str]:
-    return [info.name for info in _RECORDS]
+def _texts(info: OptimizerInfo, given: Iterable[Any]) -> list[str]:
+    """The strings among what was given; refuses what is no string, mapping or configuration object."""
+    for one in given:
+        if not isinstance(one, (str, Mapping)) and (not dataclasses.is_dataclass(one) or isinstance(one, type)):
+            raise TypeError(
+                f"{info.name}: {one!r} is neither text of the form name=value, nor a mapping of arguments, nor a "
+                "configuration object."
+            )
+    texts = [one for one in given if isinstance(one, str)]
+    for text in texts:
+        if text.strip() in {preset.name for preset in info.presets}:
+            raise ValueError(f"{info.name}: {text!r} is not of the form name=value; a preset is preset={text.strip()}.")
+    return texts
 
 
 def _preset(info: OptimizerInfo, name: str) -> Preset:
@@ -171,6 +147,8 @@ def _preset(info: OptimizerInfo, name: str) -> Preset:
         if preset.name == name:
             return preset
     known = [preset.name for preset in info.presets]
+    if not known:
+        raise ValueError(f"{info.name} has no preset named {name!r}: it has none.")
     raise ValueError(f"{info.name} has no preset named {name!r}. {nearest(str(name), known)}")
 
 

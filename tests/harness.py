@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hina_optim.techniques.base import Flow, Folded, ParamInfo, PeriodicTechnique, Technique
+from hina_optim.techniques.base import ByColumn, ByRow, Flow, Folded, ParamInfo, PeriodicTechnique, Relations, Technique
 
 
 def initial_state(technique: Technique, info: ParamInfo, param: Tensor, start_lr: float = 1e-3) -> dict[str, Tensor]:
@@ -22,8 +22,18 @@ def initial_state(technique: Technique, info: ParamInfo, param: Tensor, start_lr
     return state
 
 
-def total(x: Tensor | Folded) -> Tensor:
-    """The sum over each parameter: ``[N, 1, …]``, or ``[N, size]`` for a folded value."""
+def related(partners: Tensor) -> Relations:
+    """Pairs as a population's relations, each pair an adapter of its own."""
+    everyone = torch.arange(len(partners))
+    return Relations(partners, torch.where(partners >= 0, torch.minimum(partners, everyone), -1))
+
+
+def total(x: Tensor | Folded | ByRow | ByColumn) -> Tensor:
+    """The sum over each parameter: ``[N, 1, …]``, or ``[N, size]`` for a folded value, rows and columns."""
+    if isinstance(x, ByRow):
+        return x.value.reshape(*x.value.shape[:2], -1).sum(2)
+    if isinstance(x, ByColumn):
+        return x.value.reshape(*x.value.shape[:2], -1).sum(1)
     if isinstance(x, Folded):
         flat = x.value.reshape(x.value.shape[0], -1)
         index = torch.arange(flat.shape[1]) % x.size
@@ -40,6 +50,7 @@ def run_technique(
     info: ParamInfo | None = None,
     measuring: bool = False,
     start_lr: float = 1e-3,
+    loss: float = float("nan"),
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One step of a technique on values of shape ``[N, *shape]`` (``grad`` must be there; ``param`` defaults to ones).
 
@@ -59,9 +70,10 @@ def run_technique(
         state = {**initial_state(one, info, values["param"], start_lr), **state}
     steps = torch.full((grad.shape[0],), float(t), dtype=torch.float64)
     scalars = {f"{one.name}.{k}": v.to(grad.dtype) for one in chain for k, v in one.scalars(steps).items()}
+    scalars["loss"] = torch.full((grad.shape[0],), loss, dtype=grad.dtype)
     flow = Flow(values, state, {}, scalars, info)
     for one in chain:
-        if not one.applies(info):
+        if not one.applies(info) or not one.acts(t - 1):
             continue
         active = measuring or not isinstance(one, PeriodicTechnique)
         if one.whole and active:

@@ -65,6 +65,9 @@ def refused(named: Named, optimizer: HinaAdaptive, error: type[Exception], *word
 
 #: One bad value (or more) for every argument with a rule, beyond those of the wrong type.
 BAD: dict[str, list[Any]] = {
+    "context_window": [3, 0, 4.5],
+    "adaptation_rate": [1.1, -0.1, None],
+    "min_8bit_size": [-1, 0.5],
     "lr": [-1e-3, math.nan, math.inf],
     "betas": [(0.9,), (1.0, 0.9), (0.9, -0.1), (0.9, math.nan), (0.9, 0.99, 0.999)],
     "eps": [0.0, -1e-8, math.nan],

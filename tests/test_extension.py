@@ -14,7 +14,7 @@ from hina_optim import HinaAdaptive
 from hina_optim import arguments as rule
 from hina_optim.engine.optimizer import ENGINE_RULES, HinaOptimizer
 from hina_optim.state.slot import Slot
-from hina_optim.techniques.base import Flow, ParamInfo, PeriodicTechnique, Sums, Technique
+from hina_optim.techniques.base import Flow, ParamInfo, PeriodicTechnique, Relations, Sums, Technique
 from tests.optim_cases import EVERYTHING, NOTHING, give, gradients, named_params
 from tests.shards import run_sharded
 
@@ -129,7 +129,7 @@ class Share(PeriodicTechnique):
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         flow.new["share_measured"] = totals["size"].reshape(-1)
 
-    def refresh(self, states: dict[str, Tensor], infos: list[ParamInfo], partners: Tensor) -> dict[str, Tensor]:
+    def refresh(self, states: dict[str, Tensor], infos: list[ParamInfo], relations: Relations) -> dict[str, Tensor]:
         measured = states["share_measured"]
         return {"share_factor": measured / measured.sum().clamp_min(1e-30)}
 

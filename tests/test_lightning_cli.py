@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import json
 import logging
 import re
@@ -18,9 +19,10 @@ from lightning.pytorch.cli import LightningCLI, OptimizerCallable
 from torch import nn
 from torch.utils.data import DataLoader
 
+import hina_optim
 from hina_lightning import configure_optimizers
-from hina_lightning.callbacks import ImportanceMonitor, LRMaskMonitor, VRAMGuard
-from hina_optim import HinaAdaptive
+from hina_lightning.callbacks import ImportanceMonitor, LossContextReporter, LRMaskMonitor, RankMonitor, VRAMGuard
+from hina_optim import HinaAdaptive, list_optimizers
 
 QUIET = [
     "--trainer.accelerator=cpu",
@@ -106,6 +108,71 @@ def test_stock_cli_takes_the_class_path():
     assert all(state["step"] == 6 for state in optimizer.state.values())
 
 
+@pytest.mark.parametrize("name", list_optimizers())
+def test_stock_cli_takes_every_optimizer(name):
+    cli = fit(
+        Stock, f"--optimizer=hina_optim.{name}", "--optimizer.lr=1e-4", "--optimizer.weight_decay=0.25",
+        "--optimizer.compile=false", "--optimizer.state_precision=bf16",
+    )  # fmt: skip
+    optimizer = optimizer_of(cli)
+    assert type(optimizer) is getattr(hina_optim, name)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["state_precision"]) == (1e-4, 0.25, "bf16")
+    # nothing but what was said differs from the class built in Python
+    there = getattr(hina_optim, name)(
+        Stock().parameters(), lr=1e-4, weight_decay=0.25, compile=False, state_precision="bf16"
+    )
+    assert plain(group) == plain(there.param_groups[0])
+    assert all(state["step"] == 6 for state in optimizer.state.values())
+
+
+def plain(group):
+    """The options of a group; a command line has lists where Python has tuples."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in group.items() if name != "params"
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in list_optimizers() if "COptim" in name])
+def test_the_loss_reaches_an_optimizer_that_follows_it(name, caplog):
+    """Lightning steps with a closure; with accumulated batches the callback knows better."""
+    callback = "--trainer.callbacks=hina_lightning.callbacks.LossContextReporter"
+    for given in ([], ["--trainer.accumulate_grad_batches=3", callback]):
+        optimizer = (f"--optimizer=hina_optim.{name}", "--optimizer.lr=1e-4", "--optimizer.compile=false")
+        with caplog.at_level(logging.WARNING, logger="hina_optim"):
+            cli = fit(Stock, *optimizer, *given)
+        assert "no loss was reported" not in caplog.text
+    assert any(isinstance(callback, LossContextReporter) for callback in cli.trainer.callbacks)
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_help_explains_every_optimizer(name, capsys):
+    with pytest.raises(SystemExit):
+        LightningCLI(Stock, Data, args=["fit", f"--optimizer.help=hina_optim.{name}"])
+    shown = capsys.readouterr().out
+    for argument in inspect.signature(getattr(hina_optim, name)).parameters:
+        assert argument == "params" or f"--optimizer.{argument}" in shown
+
+
+@pytest.mark.parametrize("cli", ["stock", "linked"])
+def test_a_profile_is_not_lost_among_the_defaults_that_the_cli_spells_out(cli):
+    optimizer = ("--optimizer=hina_optim.Automagic_CameAMP_Improved_8Bit", "--optimizer.lr=1e-4")
+    given = ("--optimizer.compile=false", "--optimizer.profile=memory_optimized", "--optimizer.d_coef=1.5")
+    built = fit(Linked, *optimizer, *given, cli=LinkedCLI) if cli == "linked" else fit(Stock, *optimizer, *given)
+    for group in optimizer_of(built).param_groups:
+        assert (group["min_8bit_size"], group["edge_suppression"]) == (1024, False)  # the profile's
+        assert group["d_coef"] == 1.5 and group["start_lr"] in (1e-4, pytest.approx(1e-5))
+
+
+def test_a_config_is_not_lost_among_the_defaults_that_the_cli_spells_out():
+    built = fit(
+        Stock, "--optimizer=hina_optim.Automagic_CameAMP_Improved", "--optimizer.compile=false",
+        "--optimizer.config.lr=1e-4", "--optimizer.config.edge_penalty=0.3",
+    )  # fmt: skip
+    (group,) = optimizer_of(built).param_groups
+    assert (group["lr"], group["edge_penalty"]) == (1e-4, 0.3)
+
+
 def test_stock_cli_refuses_a_bad_type_and_an_unknown_argument(capsys):
     for bad in ("--optimizer.lr=fast", "--optimizer.use_gramms=true"):
         with pytest.raises(SystemExit):
@@ -172,6 +239,9 @@ def test_callbacks_and_optimizer_from_a_file(tmp_path, caplog):
             - class_path: hina_lightning.callbacks.LRMaskMonitor
               init_args: {{every_n_steps: 2}}
             - class_path: hina_lightning.callbacks.ImportanceMonitor
+            - class_path: hina_lightning.callbacks.RankMonitor
+              init_args: {{measure: entropy, by: block}}
+            - class_path: hina_lightning.callbacks.LossContextReporter
             - class_path: hina_lightning.callbacks.VRAMGuard
               init_args: {{target_vram_gb: 0.001, dry_run: true}}
         """
@@ -182,9 +252,9 @@ def test_callbacks_and_optimizer_from_a_file(tmp_path, caplog):
             WithFactory, Data, args=["fit", *without_logger, f"--config={file}"], save_config_callback=None
         )
     kinds = {type(callback) for callback in cli.trainer.callbacks}
-    assert {LRMaskMonitor, ImportanceMonitor, VRAMGuard} <= kinds
+    assert {LRMaskMonitor, ImportanceMonitor, LossContextReporter, RankMonitor, VRAMGuard} <= kinds
     header = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"lr_eff/decay", "lr_mask/no_decay/p50", "mem/pressure"} <= set(header)
+    assert {"lr_eff/decay", "lr_mask/no_decay/p50", "mem/pressure", "rank/body.0/mean"} <= set(header)
     assert optimizer_of(cli).param_groups[0]["warmup_steps"] == 20
     assert "memory pressure" in caplog.text  # a thousandth of a GiB is less than any process has
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from harness import initial_state, run_technique
+from harness import initial_state, related, run_technique
 
 from hina_optim.optimizers.hina_adaptive import HinaAdaptive
 from hina_optim.reference import core
@@ -109,7 +109,7 @@ class Chain:
             other = {0: 1, 1: 0}
             partners = [places.index(other[i]) if other.get(i) in places else -1 for i in places]
             states = {name: torch.cat([self.states[i][name] for i in places]) for name in one.population}
-            new = one.refresh(states, [self.infos[i] for i in places], torch.tensor(partners))
+            new = one.refresh(states, [self.infos[i] for i in places], related(torch.tensor(partners)))
             for name, value in new.items():
                 for k, i in enumerate(places):
                     self.states[i][name] = value[k : k + 1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hina_optim import HinaAdaptive
-from hina_optim.state.precision import TensorCodec, codec_for
+from hina_optim.state.precision import Storage, TensorCodec, codec_for
 from hina_optim.state.rounding import element_noise, param_seeds, round_stochastic
 from hina_optim.state.slot import Slot
 
@@ -164,13 +164,13 @@ def test_codecs_keep_what_must_be_kept() -> None:
         ("param", "bf16"): FP16,
     }
     for (slot, precision), dtype in expected.items():
-        codec = codec_for(Slot("x", precision=slot), precision, FP16)  # type: ignore[arg-type]
+        codec = codec_for(Slot("x", precision=slot), Storage(precision), FP16, (8,))  # type: ignore[arg-type]
         assert codec.parts == {"": dtype}
         assert codec.noisy == ((slot, precision) == ("state", "bf16"))
-    assert codec_for(Slot("x", shape=(4,)), "bf16", BF16).parts == {"": torch.float32}
-    assert codec_for(Slot("x"), "fp32", torch.float64).parts == {"": torch.float64}
+    assert codec_for(Slot("x", shape=(4,)), Storage("bf16"), BF16, (8,)).parts == {"": torch.float32}
+    assert codec_for(Slot("x"), Storage("fp32"), torch.float64, (8,)).parts == {"": torch.float64}
     with pytest.raises(ValueError, match="state_precision='fp8'"):
-        codec_for(Slot("x"), "fp8", BF16)
+        Storage("fp8")
 
 
 @pytest.mark.parametrize("decay", [0.99, 0.999])

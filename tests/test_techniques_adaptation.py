@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import initial_state, run_technique
+from harness import initial_state, related, run_technique
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -68,7 +68,7 @@ class Population:
         return rates
 
     def refresh(self) -> None:
-        for name, value in self.technique.refresh(self.stacked(), self.infos, self.partners).items():
+        for name, value in self.technique.refresh(self.stacked(), self.infos, related(self.partners)).items():
             for i, state in enumerate(self.states):
                 state[name] = value[i : i + 1]
 
@@ -389,7 +389,7 @@ def large_population(count: int) -> tuple[Relationships, State, list[ParamInfo],
 def test_a_thousand_matrices_are_compared_quickly_and_the_list_is_bounded():
     technique, states, infos, partners = large_population(1000)
     start = time.perf_counter()
-    new = technique.refresh(states, infos, partners)
+    new = technique.refresh(states, infos, related(partners))
     assert time.perf_counter() - start < 2
     assert new["relation_partners"].shape == (1000, 3)
     assert torch.equal(new["relation_partners"][:, 0].long(), partners)
@@ -416,7 +416,7 @@ class LargestTensor(TorchDispatchMode):
 def test_the_table_of_pairs_is_never_whole():
     technique, states, infos, partners = large_population(3000)
     with LargestTensor() as largest:
-        new = technique.refresh(states, infos, partners)
+        new = technique.refresh(states, infos, related(partners))
     assert 3000 * 500 < largest.numel <= module.BLOCK < 3000 * 3000
     assert torch.equal(new["relation_partners"][:, 0].long(), partners)
     # the second best of a matrix in the last block, found by hand

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from harness import initial_state, run_technique
+from harness import initial_state, related, run_technique
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -48,7 +48,7 @@ def refreshed(
 ) -> dict[str, Tensor]:
     states = measured(spectrum, params, infos)
     known = torch.tensor(partners if partners is not None else [-1] * len(params))
-    return {**states, **spectrum.refresh(states, list(infos), known)}
+    return {**states, **spectrum.refresh(states, list(infos), related(known))}
 
 
 def penalty(param: Tensor, coefficient: Tensor, info: ParamInfo) -> Tensor:
@@ -201,7 +201,7 @@ def test_refresh_twice_is_refresh_once():
     params = [randn(4, 9), randn(6, 4, seed=1), randn(4, 5, seed=2)]
     spectrum = Spectrum(0.7)
     once = refreshed(spectrum, params, infos, [1, 0, -1])
-    twice = {**once, **spectrum.refresh(once, infos, torch.tensor([1, 0, -1]))}
+    twice = {**once, **spectrum.refresh(once, infos, related(torch.tensor([1, 0, -1])))}
     assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
@@ -211,7 +211,7 @@ def test_a_gram_matrix_that_is_not_finite_leaves_the_old_coefficients():
     before = refreshed(spectrum, [randn(4, 9), randn(6, 4, seed=1), randn(4, 5, seed=2)], infos, [1, 0, -1])
     broken = {**before, "gram": before["gram"] * 4}
     broken["gram"][0, 1, 1] = float("nan")
-    after = spectrum.refresh(broken, infos, torch.tensor([1, 0, -1]))
+    after = spectrum.refresh(broken, infos, related(torch.tensor([1, 0, -1])))
     for name, value in after.items():
         assert torch.isfinite(value).all()
         # the other half of the pair has no product to look at either
@@ -236,7 +236,7 @@ def train_pair(strength: float, steps: int = 150, interval: int = 5) -> tuple[Te
     for step in range(1, steps + 1):
         if step > 1 and (step - 2) % interval == 0:
             stacked = {name: torch.cat([s[name] for s in states]) for name in chain[0].population}
-            for name, value in chain[0].refresh(stacked, infos, torch.tensor([1, 0])).items():
+            for name, value in chain[0].refresh(stacked, infos, related(torch.tensor([1, 0]))).items():
                 for i, state in enumerate(states):
                     state[name] = value[i : i + 1]
         error = b @ a - noisy

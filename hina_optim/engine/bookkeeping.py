@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from hina_optim import arguments as rule
-from hina_optim.adapters.roles import find_pairs, role_of
 from hina_optim.engine import population
 from hina_optim.engine.bucket import KAHAN, SOLO_NUMEL, Bucket, BucketKey, Member
+from hina_optim.engine.identities import Identities
 from hina_optim.engine.plan import check_recipe
 from hina_optim.engine.program import Program
-from hina_optim.state.precision import codec_for
+from hina_optim.state.precision import Storage, codec_for
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import ParamInfo, Technique
 
@@ -39,9 +39,9 @@ class Buckets:
 
     def __init__(self, optimizer: HinaOptimizer) -> None:
         self._optimizer = optimizer
+        self.identities = Identities(optimizer)
         self._of: dict[Tensor, Bucket] = {}
         self._options: dict[int, tuple[dict[str, Any], tuple[Any, ...]]] = {}
-        self._known: dict[int, tuple[str, tuple[int, ...]]] = {}  # position → name and shape
         #: positions of parameters that were once without a gradient when their bucket had one
         self._alone: set[int] = set()
         self._said: set[str] = set()
@@ -104,11 +104,11 @@ class Buckets:
     def program(self, bucket: Bucket) -> Program:
         """The bucket's segments for its next step."""
         measuring = population.measuring(bucket)
-        if measuring not in bucket.programs:
+        kind = measuring, tuple(one.acts(bucket.step) for one in bucket.chain)
+        if kind not in bucket.programs:
             # None is eager everywhere: compiling every shape costs minutes, and no measurement yet says where that pays
-            bucket.programs[measuring] = Program(bucket, measuring, compiled=bool(bucket.group["compile"]))
-        program: Program = bucket.programs[measuring]
-        return program
+            bucket.programs[kind] = Program(bucket, measuring, compiled=bool(bucket.group["compile"]))
+        return bucket.programs[kind]
 
     def refresh(self, work: Iterable[Bucket]) -> None:
         """Digest what the last step measured, if it measured anything."""
@@ -132,7 +132,7 @@ class Buckets:
 
     def _form_waiting(self) -> None:
         """Buckets for those that have state and none: they have no gradient now, but count among all parameters."""
-        waiting = [p for _, _, p in self._places() if self._optimizer.state.get(p) and p not in self._of]
+        waiting = [p for _, _, p in self.identities.places() if self._optimizer.state.get(p) and p not in self._of]
         if waiting:
             self._form(waiting, needed=False)
 
@@ -155,7 +155,7 @@ class Buckets:
 
     def _form(self, params: Sequence[Tensor], needed: bool = True) -> None:
         """Buckets for parameters that have none; if they are not needed now, state that does not fit is left alone."""
-        members = self._members(params)
+        members = self.identities.members(params)
         recipes: dict[tuple[int, ParamInfo, torch.dtype], tuple[tuple[Technique, ...], tuple[Slot, ...]]] = {}
         groups: dict[BucketKey, list[Member]] = {}
         zero = self._zero_params([m for g, m in members if not m.state])
@@ -192,50 +192,6 @@ class Buckets:
             for m in same:
                 opt.state[m.param] = m.state
                 self._of[m.param] = bucket
-
-    def _members(self, params: Sequence[Tensor]) -> list[tuple[int, Member]]:
-        """What is known of each parameter, with the index of its group."""
-        opt = self._optimizer
-        wanted = set(params)
-        names, places = opt.param_names(), self._places()
-        shapes = [opt._layout.shard(p).shape for _, _, p in places]
-        positions = [position for position, _, _ in places]
-        partner = self._partners(dict(zip(positions, zip(names, shapes, strict=True), strict=True)))
-        found = []
-        for at, (_, g, p) in enumerate(places):
-            if p in wanted:
-                if hasattr(p, "device_mesh") and not opt._layout.sharded:
-                    raise RuntimeError(
-                        f"parameter {names[at]} is a DTensor (FSDP2 or tensor parallelism), which "
-                        f"{type(opt).__name__} cannot "
-                        "step yet: bind_layout() a layout that knows its shards, or train in one process or with DDP."
-                    )
-                shard = opt._layout.shard(p)
-                mate = partner.get(positions[at], -1)
-                info = ParamInfo(shard.shape, role_of(names[at], shard.shape), mate >= 0)
-                key = opt._layout.key(p, positions[at])
-                state = opt.state.get(p, {})
-                found.append((g, Member(p, names[at], positions[at], key, info, shard, state, partner=mate)))
-        return found
-
-    def learn(self, g: int, names: Sequence[str] | None) -> None:
-        """Remember names and shapes of a group, in case that its list is empty when they are needed."""
-        for i, p in enumerate(self._optimizer.param_groups[g]["params"]):
-            self._known[(g << 24) | i] = (names[i] if names else f"group{g}.{i}", tuple(p.shape))
-
-    def _partners(self, present: dict[int, tuple[str, tuple[int, ...]]]) -> dict[int, int]:
-        """Position → position of the other half of its adapter.
-
-        Parameters of a group whose list is empty are remembered: ZeRO empties all other groups while it steps one.
-        """
-        full = {position >> 24 for position in present}
-        self._known = {at: what for at, what in self._known.items() if at >> 24 not in full} | present
-        positions = list(self._known)
-        names, shapes = zip(*self._known.values(), strict=True) if self._known else ((), ())
-        partner: dict[int, int] = {}
-        for a, b in find_pairs(names, shapes):
-            partner[positions[a]], partner[positions[b]] = positions[b], positions[a]
-        return partner
 
     def _recipe(
         self, group: dict[str, Any], info: ParamInfo, dtype: torch.dtype
@@ -278,7 +234,7 @@ class Buckets:
             return
         missing = []
         for slot in slots:
-            codec = codec_for(slot, group["state_precision"], m.param.dtype)
+            codec = codec_for(slot, Storage.of(group), m.param.dtype, m.info.shape)
             shape = () if slot.name in anchors else slot.local_shape(tuple(m.param.shape))
             for suffix in codec.parts:
                 have = m.state.get(slot.name + suffix)
@@ -318,10 +274,11 @@ class Buckets:
                 self._options[g] = group, options
                 for bucket in {b for b in self._of.values() if b.key.group == g}:
                     chain, slots = self._recipe(group, bucket.info, bucket.key.dtype)
-                    if slots == bucket.slots and bucket.stored_as(group["state_precision"]):
-                        bucket.group, bucket.chain = group, chain
-                        bucket.programs.clear()
-                    else:
+                    bucket.group, bucket.chain = group, chain
+                    bucket.programs.clear()
+                    if slots != bucket.slots or not bucket.stored_as(Storage.of(group)):
+                        bucket.convert(Storage.of(group), slots)
+                    if {s.name for s in slots} != {s.name for s in bucket.slots}:
                         self._drop(bucket)
 
     def _drop(self, bucket: Bucket) -> None:
@@ -339,12 +296,12 @@ class Buckets:
         """Raise ValueError unless loaded state is what the recipes of the loaded groups keep."""
         opt = self._optimizer
         owner = type(opt).__name__
-        for g, m in self._members(list(state)):
+        for g, m in self.identities.members(list(state)):
             group = {**opt.param_groups[g], **groups[g]}
             entry = state[m.param]
             known = {"step", "skipped"}
             for slot in self._recipe(group, m.info, m.param.dtype)[1]:
-                codec = codec_for(slot, group["state_precision"], m.param.dtype)
+                codec = codec_for(slot, Storage.of(group), m.param.dtype, m.info.shape)
                 for suffix, dtype in codec.parts.items():
                     part = slot.name + suffix
                     known.add(part)
@@ -377,7 +334,7 @@ class Buckets:
 
     def restore(self, alone: Iterable[int]) -> None:
         """Form the buckets of a run that is resumed: from all state, with parameters at the places ``alone`` alone."""
-        places = self._places()
+        places = self.identities.places()
         self.clear()
         self._alone = {places[at][0] for at in alone}
         self.ensure([p for _, _, p in places if self._optimizer.state.get(p)])
@@ -394,20 +351,15 @@ class Buckets:
         Saved, because some operations round differently on a stack (Fourier transforms): a resumed run must stack what
         the uninterrupted one does.
         """
-        return [at for at, (position, _, _) in enumerate(self._places()) if position in self._alone]
-
-    def _places(self) -> list[tuple[int, int, Tensor]]:
-        """Position (a number for group and place in it), index of the group, and parameter, in order."""
-        groups = enumerate(self._optimizer.param_groups)
-        return [((g << 24) | i, g, p) for g, group in groups for i, p in enumerate(group["params"])]
+        return [at for at, (position, _, _) in enumerate(self.identities.places()) if position in self._alone]
 
     def convert(self, precision: str) -> None:
         """Store all state in another precision."""
         opt = self._optimizer
         self._check_options()
-        self.ensure([p for _, _, p in self._places() if opt.state.get(p)])
+        self.ensure([p for _, _, p in self.identities.places() if opt.state.get(p)])
         for bucket in dict.fromkeys(self._of.values()):
-            bucket.convert(precision)
+            bucket.convert(Storage.of(bucket.group, precision), bucket.slots)
         for g, group in enumerate(opt.param_groups):
             group["state_precision"] = precision
             options = tuple(v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "name"))
@@ -421,7 +373,7 @@ class Buckets:
                 v.numel() * v.element_size() for s in opt.state.values() for v in s.values() if isinstance(v, Tensor)
             )
         params = [p for group in opt.param_groups for p in group["params"] if p.requires_grad or p in opt.state]
-        members = self._members(params)
+        members = self.identities.members(params)
         zero = self._zero_params([m for _, m in members if not m.state])
         total = 0
         recipes: dict[tuple[int, ParamInfo, torch.dtype], tuple[Slot, ...]] = {}
@@ -431,12 +383,31 @@ class Buckets:
                 recipes[kind] = self._recipe(opt.param_groups[g], m.info, m.param.dtype)[1]
             total += 8  # step and skipped
             for slot in recipes[kind]:
-                codec = codec_for(slot, precision, m.param.dtype)
+                codec = codec_for(slot, Storage.of(opt.param_groups[g], precision), m.param.dtype, m.info.shape)
                 constant = slot.constant and self._is_zero(slot, m, zero)
                 shape = () if constant else slot.local_shape(tuple(m.param.shape))
                 for suffix, dtype in codec.parts.items():
                     total += int(torch.Size(codec.part_shape(suffix, shape)).numel()) * dtype.itemsize
         return total
+
+    def techniques(self, param: Tensor) -> tuple[Technique, ...]:
+        """What acts on a parameter: of its bucket, or what its recipe will be."""
+        bucket = self._of.get(param)
+        if bucket is not None:
+            return bucket.chain
+        ((g, member),) = self.identities.members([param])
+        return self._recipe(self._optimizer.param_groups[g], member.info, param.dtype)[0]
+
+    def decoded(self, param: Tensor, name: str) -> Tensor | None:
+        """One piece of a parameter's state, as it is computed with; None if there is none."""
+        if name not in self._optimizer.state.get(param, {}):
+            return None
+        bucket = self._of.get(param)
+        if bucket is None or not bucket.views_hold(self._optimizer.state):
+            self._drop_stale()
+            self._form_waiting()
+            bucket = self._of[param]
+        return bucket.decoded(next(m for m in bucket.members if m.param is param), name)
 
     def _label(self, param: Tensor) -> str:
         names = self._optimizer.param_names()

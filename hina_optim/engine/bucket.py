@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hina_optim.engine.layout import Shard
-from hina_optim.state.precision import Codec, codec_for, compute_dtype
+from hina_optim.state.precision import Codec, Storage, codec_for, compute_dtype
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import ParamInfo, Technique
 
@@ -38,8 +38,8 @@ class Member:
     info: ParamInfo
     shard: Shard
     state: dict[str, Any]
-    solo: bool = False
     partner: int = -1
+    adapter: int = -1
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,13 @@ class Bucket:
         self.slots = tuple(slots)
         self.chain = tuple(chain)
         self.step = key.step
-        self.codecs: dict[str, Codec] = {s.name: codec_for(s, group["state_precision"], key.dtype) for s in self.slots}
+        storage = Storage.of(group)
+        self.codecs: dict[str, Codec] = {s.name: codec_for(s, storage, key.dtype, key.info.shape) for s in self.slots}
         # wrapped to 32 bits: from the 128th group on, a position needs more
         self.keys = torch.tensor([m.key for m in members]).to(torch.int32).to(key.device)
         self.storage: dict[str, Tensor] = {}
-        self.programs: dict[frozenset[str], Any] = {}
+        #: by what measures and what acts in a step
+        self.programs: dict[tuple[frozenset[str], tuple[bool, ...]], Any] = {}
         self.digested: dict[str, int] = {}  # periodic technique → step after which it was refreshed last
         self._adopt()
 
@@ -190,15 +192,27 @@ class Bucket:
         tensors = [*self.storage.values(), self.steps, self.skipped]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def stored_as(self, precision: str) -> bool:
-        """Whether every slot is stored as ``precision`` asks."""
-        return all(self.codecs[s.name] == codec_for(s, precision, self.key.dtype) for s in self.slots)
+    def decoded(self, member: Member, name: str) -> Tensor:
+        """The value of one slot of one of its parameters, as it is computed with."""
+        codec = self.codecs[name]
+        return codec.decode({suffix: member.state[name + suffix][None] for suffix in codec.parts})[0]
 
-    def convert(self, precision: str) -> None:
-        """Store the state in another precision, one slot at a time; a slot is replaced only once its copy exists."""
+    def stored_as(self, storage: Storage) -> bool:
+        """Whether every slot is stored as ``storage`` asks."""
+        return all(self.codecs[s.name] == codec_for(s, storage, self.key.dtype, self.info.shape) for s in self.slots)
+
+    def convert(self, storage: Storage, slots: Sequence[Slot]) -> None:
+        """Store the state in another way, one slot at a time; a slot is replaced only once its copy exists.
+
+        Args:
+            storage: How.
+            slots: What is kept from now on; of slots that are here already, codes may be others.
+        """
+        known = {slot.name: slot for slot in slots}
+        self.slots = tuple(known.get(slot.name, slot) for slot in self.slots)
         for slot in self.slots:
             old = self.codecs[slot.name]
-            new = codec_for(slot, precision, self.key.dtype)
+            new = codec_for(slot, storage, self.key.dtype, self.info.shape)
             if new == old or slot.name in self.key.zero_anchors:
                 continue
             parts = {suffix: self.storage[slot.name + suffix] for suffix in old.parts}

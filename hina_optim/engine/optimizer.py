@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -12,13 +14,17 @@ from torch import Tensor
 
 from hina_optim import arguments as rule
 from hina_optim.engine.bookkeeping import Buckets
+from hina_optim.engine.bucket import Bucket
 from hina_optim.engine.layout import Layout, LocalLayout
+from hina_optim.engine.program import Program
 from hina_optim.engine.runner import Runner
 from hina_optim.state import checkpoint
 from hina_optim.state.precision import PRECISIONS
 from hina_optim.techniques.base import ParamInfo, Technique
 
 __all__ = ["ENGINE_RULES", "HinaOptimizer", "ParamsT"]
+
+log = logging.getLogger("hina_optim")
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -29,6 +35,8 @@ ENGINE_RULES: dict[str, rule.Rule] = {
     "rounding": rule.one_of("stochastic", "kahan", "nearest"),
     "seed": rule.INTEGER,
     "compile": rule.OPTIONAL_FLAG,
+    "min_8bit_size": rule.COUNT,
+    "force_8bit": rule.FLAG,
 }
 
 #: What they are where a subclass does not say.
@@ -38,6 +46,8 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     "rounding": "stochastic",
     "seed": 0,
     "compile": None,
+    "min_8bit_size": 4096,
+    "force_8bit": False,
 }
 
 
@@ -63,20 +73,31 @@ class HinaOptimizer(torch.optim.Optimizer):
         init = cls.__dict__["__init__"]
         code = init.__code__
         known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-        if code.co_flags & 0x08:  # takes **kwargs: it does its own checking
+        if code.co_flags & 0x08 or "defaults" in known:  # takes **kwargs, or is a base class: others check
             return
 
         @functools.wraps(init)
         def checked(self: HinaOptimizer, *args: Any, **arguments: Any) -> None:
             rule.reject_unknown(type(self).__name__, arguments, known, type(self).REMOVED)
-            init(self, *args, **arguments)
+            for name in known[: len(args)]:
+                if name in arguments:
+                    raise TypeError(f"{type(self).__name__}: {name} is given twice, by position and by name.")
+            given = {**dict(zip(known, args, strict=False)), **arguments}
+            init(self, *args[len(known) :], **type(self).expand_arguments(given))
 
         cls.__init__ = checked  # type: ignore[method-assign]
+
+    @classmethod
+    def expand_arguments(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the constructor, from those that were given; for classes with named sets of arguments."""
+        return given
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._names: list[list[str] | None] = []
         self._layout: Layout = LocalLayout()
         self._buckets = Buckets(self)
+        self._loss: Tensor | None = None
+        self._said_no_loss = False
         defaults = {**ENGINE_DEFAULTS, **defaults}
         rule.check_all(type(self).__name__, defaults, self.RULES)
         if isinstance(params, Tensor):
@@ -154,7 +175,9 @@ class HinaOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         # names stay out of the groups: a flattened checkpoint repeats every group value for every parameter
         self._names.append(found or None)
-        self._buckets.learn(len(self._names) - 1, found)
+        if not found:
+            self._buckets.identities.infer(len(self._names) - 1)
+        self._buckets.identities.learn(len(self._names) - 1, found)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError unless every option of a group (defaults filled in) is valid. Subclasses add joint rules."""
@@ -197,13 +220,59 @@ class HinaOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            if isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1):
+                self.report_loss(loss)
         work = self._buckets.prepare()
         if work:
             self._buckets.refresh(work)
             budget = min(int(b.group["max_buffer_memory_mb"] * 1e6) for b in work)
-            Runner(self._layout, budget).step([(b, self._buckets.program(b)) for b in work])
+            programs = [(b, self._buckets.program(b)) for b in work]
+            Runner(self._layout, budget, self._agreed_loss(programs)).step(programs)
             self._buckets.advance(work)
+            self.after_step()
         return loss
+
+    def after_step(self) -> None:
+        """Called at the end of every step that had a gradient; for what a subclass has to say."""
+
+    def report_loss(self, loss: Tensor | float) -> None:
+        """Tell the training loss of the next step to techniques that read it; waits for nothing.
+
+        Not needed where ``step(closure)`` is used, whose closure returns it. It holds until the next report, so that
+        groups that are stepped one by one all see it. With several processes their mean is taken.
+
+        Args:
+            loss: One number; of several micro-batches, their mean. A tensor may be on any device.
+
+        Raises:
+            ValueError: It is not one number.
+        """
+        if not isinstance(loss, Tensor):
+            if isinstance(loss, bool) or not isinstance(loss, (int, float)):
+                raise ValueError(f"{type(self).__name__}: the loss is {type(loss).__name__}, not a number or a tensor.")
+            loss = torch.tensor(float(loss))
+        if loss.numel() != 1:
+            raise ValueError(f"{type(self).__name__}: the loss has shape {tuple(loss.shape)}; report one number.")
+        self._loss = loss.detach().reshape(()).float()
+
+    def _agreed_loss(self, work: list[tuple[Bucket, Program]]) -> Tensor | None:
+        """The reported loss, the same on all ranks, if any technique reads it."""
+        if not any(program.reads_loss for _, program in work):
+            return None
+        if self._loss is None and not self._said_no_loss:
+            self._said_no_loss = True
+            log.warning(
+                "%s: no loss was reported, so the techniques that follow it leave the learning rate as it is. Use "
+                "step(closure), optimizer.report_loss(loss) before each step, or the Lightning callback.",
+                type(self).__name__,
+            )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # every rank takes part, with NaN where nothing was reported: then it counts as not reported anywhere
+            loss = torch.tensor(math.nan) if self._loss is None else self._loss
+            loss = loss.to(work[0][0].key.device, copy=True)
+            torch.distributed.all_reduce(loss)
+            return loss / torch.distributed.get_world_size()
+        return self._loss
 
     def before_state(self) -> None:
         """Called once before any state is allocated; an optimizer with a memory budget checks it here."""
@@ -298,19 +367,26 @@ class HinaOptimizer(torch.optim.Optimizer):
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
 
+    def described(self) -> dict[str, Any]:
+        """What else a checkpoint must agree in with the optimizer that loads it: plain values by name."""
+        return {}
+
     def __getstate__(self) -> dict[str, Any]:
         state = defaultdict(dict, {p: checkpoint.unstacked(state) for p, state in self.state.items()})
-        return {**super().__getstate__(), "state": state, "names": self._names, "alone": self._buckets.alone()}
+        kept = {"names": self._names, "aliases": self._buckets.identities.aliases, "alone": self._buckets.alone()}
+        return {**super().__getstate__(), "state": state, **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        names, alone = state.pop("names", None), state.pop("alone", ())
+        names, alone, aliases = state.pop("names", None), state.pop("alone", ()), state.pop("aliases", {})
         super().__setstate__(state)
         if names is not None or not hasattr(self, "_names"):
             self._names = names or [None] * len(self.param_groups)
         if not hasattr(self, "_layout"):
             self._layout = LocalLayout()
+        self._loss, self._said_no_loss = None, False
         self._buckets = Buckets(self)
+        self._buckets.identities.aliases = dict(aliases)
         for g, known in enumerate(self._names):
-            self._buckets.learn(g, known)
+            self._buckets.identities.learn(g, known)
         self._buckets.restore(alone)

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from hina_optim.engine.bucket import Bucket
 from hina_optim.engine.program import periodic
-from hina_optim.techniques.base import PeriodicTechnique
+from hina_optim.techniques.base import PeriodicTechnique, Relations
 
 __all__ = ["due", "measuring", "refresh"]
 
 
 def measuring(bucket: Bucket) -> frozenset[str]:
     """Names of the techniques that measure in the bucket's next step: steps 1, 1 + interval and so on."""
-    return frozenset(p.name for p in periodic(bucket.chain) if bucket.step % p.interval == 0)
+    return frozenset(p.name for p in periodic(bucket.chain) if p.acts(bucket.step) and bucket.step % p.interval == 0)
 
 
 def due(buckets: Iterable[Bucket]) -> dict[str, PeriodicTechnique]:
@@ -76,14 +76,17 @@ def _refresh_one_size(using: Sequence[tuple[Bucket, PeriodicTechnique]]) -> None
     states: dict[str, Tensor] = {
         slot: torch.cat([bucket.storage[slot].to(home) for bucket, _ in using])[forward] for slot in first.population
     }
-    partners = torch.tensor([place.get(m.partner, -1) for m in members], device=home)
+    relations = Relations(
+        torch.tensor([place.get(m.partner, -1) for m in members], device=home),
+        torch.tensor([m.adapter for m in members], device=home),
+    )
     infos = [m.info for m in members]
     # groups may differ in hyper-parameters: every distinct technique digests the whole population, its own buckets
     # take the outcome
     outcomes: list[tuple[PeriodicTechnique, dict[str, Tensor]]] = []
     for _, one in using:
         if not any(vars(one) == vars(other) for other, _ in outcomes):
-            outcomes.append((one, one.refresh(dict(states), infos, partners)))
+            outcomes.append((one, one.refresh(dict(states), infos, relations)))
     at = 0
     for bucket, one in using:
         fresh = next(values for other, values in outcomes if vars(other) == vars(one))

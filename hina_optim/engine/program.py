@@ -19,7 +19,7 @@ from hina_optim.engine.layout import Shard
 from hina_optim.engine.plan import Segment, plan_segments
 from hina_optim.state.precision import compute_dtype
 from hina_optim.state.rounding import element_noise, round_stochastic
-from hina_optim.techniques.base import Flow, Folded, PeriodicTechnique, Sums, Technique
+from hina_optim.techniques.base import ByColumn, ByRow, Flow, Folded, PeriodicTechnique, Sums, Technique
 
 __all__ = ["Inputs", "Program", "Values"]
 
@@ -34,8 +34,9 @@ class Inputs:
 
     Attributes:
         stored: ``grad``, ``param`` and every stored part of the state, as stored.
-        scalars: ``lr`` (0-d), ``seeds`` (int32 ``[N]``), ``index`` (int32 ``[1, …]``, low precisions and measuring
-            only), and ``"<technique>.<name>"`` ``[N]``.
+        scalars: ``lr`` (0-d), ``loss`` (``[N]``), ``seeds`` (int32 ``[N]``), ``index`` (int64 ``[1, …]``, low
+            precisions and measuring only), ``row_index`` and ``column_index`` (int64, where not all rows are here), and
+            ``"<technique>.<name>"`` ``[N]``.
     """
 
     stored: Values
@@ -73,20 +74,30 @@ class Program:
     Attributes:
         segments: The plan; the guard against non-finite gradients comes first.
         needs_whole: Whether any technique needs complete values: then a parameter is never cut into chunks.
+        needs_rows: Whether rows and columns are told apart: then a large matrix is cut between rows.
+        coded_rows: Whether state is stored in blocks within rows.
+        reads_loss: Whether any technique reads the loss.
     """
 
     def __init__(self, bucket: Bucket, measuring: frozenset[str], compiled: bool) -> None:
         self.bucket = bucket
         self.info = bucket.info
         self.compute = compute_dtype(bucket.key.dtype)
-        self.chain: tuple[Technique, ...] = (FiniteGuard(), *bucket.chain)
+        acting = [one for one in bucket.chain if one.acts(bucket.step)]
+        self.chain: tuple[Technique, ...] = (FiniteGuard(), *acting)
         self.segments: tuple[Segment, ...] = plan_segments(self.chain, self.info, measuring)
         self.measuring = measuring
         self.needs_whole = any(s.whole is not None for s in self.segments)
+        self.coded_rows = any(codec.by_rows for codec in bucket.codecs.values())
+        self.needs_rows = self.coded_rows or any(one.by_rows and one.applies(self.info) for one in acting)
+        self.reads_loss = any(one.reads_loss and one.applies(self.info) for one in acting)
         self.rounding = bucket.group["rounding"] if bucket.key.dtype in (torch.bfloat16, torch.float16) else "nearest"
         self.streams = {slot.name: i + 1 for i, slot in enumerate(bucket.slots)}
         self.needs_index = (
-            bool(measuring) or self.rounding == "stochastic" or any(c.noisy for c in bucket.codecs.values())
+            bool(measuring)
+            or self.rounding == "stochastic"
+            or any(c.noisy for c in bucket.codecs.values())
+            or any(one.needs_index and one.applies(self.info) for one in acting)
         )
         self.compiled = compiled
         self._steps: dict[tuple[int, bool, bool], Callable[..., tuple[Values, Values]]] = {}
@@ -163,8 +174,7 @@ class Program:
         if start:
             values = {"grad": stored["grad"].to(self.compute), "param": stored["param"].to(self.compute)}
             values["lr"] = values["rate"] = scalars["lr"]
-            if "index" in scalars:
-                values["index"] = scalars["index"]
+            values |= {name: scalars[name] for name in ("index", "row_index", "column_index") if name in scalars}
         return Flow(values, state, new, scalars, self.info)
 
     def _segment(self, i: int, flow: Flow, totals: list[Values], whole: Values) -> Values:
@@ -180,12 +190,14 @@ class Program:
             one.transform(flow)
             if takes_sums:
                 for key, value in one.sums(flow).items():
-                    sums[f"{one.name}.{key}"] = self._sum(value)
+                    sums[f"{one.name}.{key}"] = self._sum(value, flow)
             elif one.name in segment.immediate:
                 one.settle(flow, {})
         return sums
 
-    def _sum(self, value: Tensor | Folded) -> Tensor:
+    def _sum(self, value: Tensor | Folded | ByRow | ByColumn, flow: Flow) -> Tensor:
+        if isinstance(value, (ByRow, ByColumn)):
+            return self._line_sums(value, flow)
         if isinstance(value, Folded):
             flat = value.value.reshape(value.value.shape[0], -1)
             # chunks begin at multiples of any fold, so only the shard's own beginning shifts the fold
@@ -193,6 +205,23 @@ class Program:
             flat = torch.nn.functional.pad(flat, (start, -(flat.shape[1] + start) % value.size))
             return flat.reshape(flat.shape[0], -1, value.size).sum(1)
         return value.reshape(value.shape[0], -1).sum(1)
+
+    def _line_sums(self, given: ByRow | ByColumn, flow: Flow) -> Tensor:
+        """Sums of all rows ``[N, rows]`` or columns ``[N, columns]``, of the elements that are here."""
+        value, n = given.value, given.value.shape[0]
+        row_index, column_index = flow.get("row_index"), flow.get("column_index")
+        if column_index is None:
+            grid = value.reshape(n, value.shape[1], torch.Size(value.shape[2:]).numel())
+            if isinstance(given, ByColumn):
+                return grid.sum(1)
+            part = grid.sum(2)
+            if row_index is None:
+                return part
+            return part.new_zeros(n, self.info.rows).index_add_(1, row_index, part)
+        assert row_index is not None  # both come together: a flat piece that does not consist of whole rows
+        if isinstance(given, ByColumn):
+            return value.new_zeros(n, self.info.columns).index_add_(1, column_index, value)
+        return value.new_zeros(n, self.info.rows).index_add_(1, row_index, value)
 
     def whole_matrix(self, one: Technique, inputs: Inputs, carry: Values, complete: list[Tensor]) -> Tensor:
         """A technique's result on complete values (eager: FFTs and the like gain nothing from the compiler)."""
@@ -207,6 +236,8 @@ class Program:
         target = torch.addcmul(param, update, flow["scale"], value=-1) if "scale" in flow else param - update
         if "decay" in flow:
             target = torch.addcmul(target, flow["decay"], param, value=-1)
+        if "drift" in flow:
+            target = target - flow["drift"]
         if "pull" in flow:
             target = torch.lerp(target, flow.state["anchor"].expand_as(target), flow["pull"])
         index, seeds = scalars.get("index"), scalars.get("seeds")

@@ -8,6 +8,7 @@ again from the stored tensors if keeping them would take more memory than allowe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -28,10 +29,10 @@ __all__ = ["Runner"]
 LIVE_VALUES = 40
 #: Those of them that are kept from one segment to the next.
 KEPT_VALUES = 16
-#: Chunks begin at multiples of this many elements, or of this many rows: both are multiples of every fold
-#: (techniques.base.Folded).
+#: Chunks begin at multiples of this many elements, which is a multiple of every fold (techniques.base.Folded); those
+#: that are cut between rows, at multiples of FOLD.
 GRAIN = 4096
-ROWS = 64
+FOLD = 64
 #: On a CPU, eager chunks are small enough for the values in flight to stay in its caches.
 CPU_CHUNK = 1 << 17
 
@@ -40,8 +41,9 @@ CPU_CHUNK = 1 << 17
 class Cell:
     """Parameters ``first … stop-1`` of a bucket; of a single one, optionally only elements ``begin … end-1``.
 
-    A chunk is cut from the flat parameter, or, with ``by_rows``, along its first dimension: the way for a parameter
-    whose memory is not contiguous (channels last), which cannot be flattened without a copy.
+    A chunk is cut from the flat parameter, or, with ``by_rows``, along its first dimension: the way for techniques and
+    codecs that tell rows apart, and for a parameter whose memory is not contiguous (channels last), which cannot be
+    flattened without a copy.
     """
 
     bucket: Bucket
@@ -66,11 +68,13 @@ class Runner:
     Args:
         layout: Where elements lie.
         max_bytes: Bound on temporary memory (a complete matrix that a technique needs whole may exceed it).
+        loss: 0-d, the loss that was reported for this step; None where none was.
     """
 
-    def __init__(self, layout: Layout, max_bytes: int) -> None:
+    def __init__(self, layout: Layout, max_bytes: int, loss: Tensor | None = None) -> None:
         self.layout = layout
         self.max_bytes = max_bytes
+        self.loss = loss
 
     def step(self, work: Sequence[tuple[Bucket, Program]]) -> None:
         """Update every bucket of ``work`` by one step; state is allocated, gradients are there."""
@@ -97,14 +101,21 @@ class Runner:
             if isinstance(lr, Tensor)
             else torch.full((), float(lr), dtype=program.compute, device=device)
         )
+        if program.reads_loss:
+            scalars["loss"] = (
+                torch.full((bucket.size,), torch.nan, dtype=program.compute, device=device)
+                if self.loss is None
+                else self.loss.to(device, program.compute).reshape(1).expand(bucket.size)
+            )
         if program.needs_index:
             scalars["seeds"] = param_seeds(bucket.keys, int(bucket.group["seed"]), bucket.step)
         n, numel = bucket.size, bucket.numel
-        by_rows = not self._contiguous(bucket)
+        by_rows = not self._contiguous(bucket) or (program.needs_rows and len(bucket.key.local_shape) > 1)
         if by_rows:
-            row = numel // max(1, bucket.key.local_shape[0] if bucket.key.local_shape else 1)
-            limit = max(1, limit // max(1, row) // ROWS) * ROWS * row
-        if numel > limit and not program.needs_whole:
+            row = max(1, numel // max(1, bucket.key.local_shape[0] if bucket.key.local_shape else 1))
+            step = FOLD // math.gcd(row, FOLD)
+            limit = max(1, limit // row // step) * step * row
+        if numel > limit and not program.needs_whole and not (program.coded_rows and len(bucket.key.local_shape) == 1):
             for p in range(n):
                 for begin in range(0, numel, limit):
                     end = min(begin + limit, numel)
@@ -136,15 +147,30 @@ class Runner:
             cut = slice(cell.begin // row, cell.end // row)
             like = {s.name for s in bucket.slots if s.shape == "like"} - bucket.key.zero_anchors
             like = {name + suffix for name in like for suffix in bucket.codecs[name].parts} | {"param", "grad"}
-            shape = (1, -1, *bucket.key.local_shape[1:]) if cell.by_rows else (1, -1)
-            stored = {k: v.view(shape)[:, cut] if k in like else v for k, v in stored.items()}
+            # cut between rows, every part of a state has the parameter's rows as its first dimension
+            stored = {k: (v if cell.by_rows else v.view(1, -1))[:, cut] if k in like else v for k, v in stored.items()}
         scalars = {k: v[rows] if v.ndim else v for k, v in cell.measured_scalars.items()}
         if cell.program.needs_index:
             start = bucket.shard.start + cell.begin
             shape = stored["grad"].shape[1:]
             index = torch.arange(start, start + cell.end - cell.begin, device=bucket.key.device)
             scalars["index"] = index.reshape(1, *shape)
+        if cell.program.needs_rows:
+            scalars |= self._lines(cell)
         return Inputs(stored, scalars)
+
+    @staticmethod
+    def _lines(cell: Cell) -> Values:
+        """Rows of the matrix view that are here, where not all are; of a flat piece, each element's row and column."""
+        shard, shape, device = cell.bucket.shard, cell.bucket.key.local_shape, cell.bucket.key.device
+        columns = cell.bucket.info.columns
+        if not cell.bucket.info.is_matrix or (shard.is_complete and not cell.chunked):
+            return {}
+        begin, end = shard.start + cell.begin, shard.start + cell.end
+        if len(shape) > 1:
+            return {"row_index": torch.arange(begin // columns, end // columns, device=device)}
+        index = torch.arange(begin, end, device=device)
+        return {"row_index": index // columns, "column_index": index % columns}
 
     def _domain(self, cells: list[Cell]) -> None:
         phases = max((len(c.program.segments) for c in cells), default=0)

@@ -7,6 +7,7 @@ the device when called. All work before the first step, after a load, and on any
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -43,6 +44,11 @@ SWITCHES = {
     "spatial_awareness": "spatial_awareness",
     "background_regularization": "background_regularization",
     "lora_rank_penalty": "lora_rank_penalty",
+    "alora": "use_alora",
+    "came": "came",
+    "dual_momentum": "enable_dual_momentum",
+    "ada_decay": "use_ada_decay",
+    "loss_context": "use_loss_context",
 }
 ADAPTATION = (
     "adaptation_strength",
@@ -107,7 +113,8 @@ class Inspection(RateInspection):
             names = [name for name, _, _ in known]
             shapes = [tuple(p.shape) for _, p, _ in known]
             partners = torch.full((len(known),), -1)
-            for i, j in find_pairs(names, shapes):
+            told = dict(zip(self.param_names(), self._adapter_names()[0], strict=True))
+            for i, j in find_pairs([told[name] for name in names], shapes):
                 partners[i], partners[j] = j, i
             home = known[0][1].device
             found, scores = (
@@ -168,6 +175,7 @@ class Inspection(RateInspection):
             "memory_optimization": self._memory_options(),
             "edge_overfitting_control": self._options(EDGES),
             "lora_config": self._options(LORA),
+            **self._adapter_stats(),
             "current_memory_pressure": self._memory()[0],
             "training_stats": self._training_stats(),
         }
@@ -197,6 +205,42 @@ class Inspection(RateInspection):
         if devices:
             stats["cuda_memory"] = {device: CudaProbe(device).read()._asdict() for device in devices}
         return stats
+
+    def get_memory_efficiency_report(self) -> dict[str, Any]:
+        """What storing state in few bits saves: bytes held, beside those of the same state in fp32.
+
+        Returns:
+            ``bitsandbytes_available``; ``total_parameters``, ``8bit_parameters`` and ``32bit_parameters``, elements of
+            all parameters, of those with any state in 8 bits, and of those whose moments are in fp32;
+            ``compression_ratio``, the share of elements with state in 8 bits; ``state_bytes`` as held,
+            ``fp32_state_bytes`` of the same state in fp32, ``memory_saved_mb`` (10⁶ bytes) the difference;
+            ``states_breakdown``, ``{state name: {dtype: bytes}}``. Before the first step nothing is held, and nothing
+            saved.
+        """
+        counts: Counter[str] = Counter()
+        breakdown: dict[str, Counter[str]] = {}
+        for _, p, state in self._params():
+            counts["total"] += p.numel()
+            dtypes = {name: x.dtype for name, x in state.items() if isinstance(x, Tensor)}
+            counts["8bit"] += p.numel() if torch.uint8 in dtypes.values() else 0
+            moments = [dtype for name, dtype in dtypes.items() if name.startswith(("exp_avg", "momentum_"))]
+            counts["32bit"] += p.numel() if moments and all(d.itemsize >= 4 for d in moments) else 0
+            for name, dtype in dtypes.items():
+                size = state[name].numel() * state[name].element_size()
+                breakdown.setdefault(name, Counter())[str(dtype).removeprefix("torch.")] += size
+        held = self.state_bytes()
+        full = self.state_bytes("fp32") if held else 0
+        return {
+            "bitsandbytes_available": importlib.util.find_spec("bitsandbytes") is not None,
+            "total_parameters": counts["total"],
+            "8bit_parameters": counts["8bit"],
+            "32bit_parameters": counts["32bit"],
+            "compression_ratio": counts["8bit"] / max(1, counts["total"]),
+            "state_bytes": held,
+            "fp32_state_bytes": full,
+            "memory_saved_mb": (full - held) / 1e6,
+            "states_breakdown": {name: dict(sizes) for name, sizes in breakdown.items()},
+        }
 
     def optimize_for_vram(self, target_vram_gb: float) -> VramReport:
         """Give memory back until at most ``target_vram_gb`` (GiB) is in use, the cheapest in quality first.

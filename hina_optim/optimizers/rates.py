@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from hina_optim.optimizers.statistics import log_histogram, log_quantiles
 
 if TYPE_CHECKING:
+    from hina_optim.engine.bookkeeping import Buckets
     from hina_optim.engine.layout import Layout
 
 __all__ = ["RateInspection", "numbers"]
@@ -20,9 +21,6 @@ __all__ = ["RateInspection", "numbers"]
 #: Options of the masks, as they are reported.
 LR_MASK = ("warmup_steps", "min_lr", "max_lr", "lr_bump")
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
-
-#: Most that the relation score adds to the rate of a parameter (see techniques/relationships.py).
-RELATION_GAIN = 0.2
 
 
 class RateInspection:
@@ -34,6 +32,7 @@ class RateInspection:
         defaults: dict[str, Any]
         state: defaultdict[Tensor, Any]
         _layout: Layout
+        _buckets: Buckets
 
         def param_names(self) -> list[str]:
             """From the optimizer."""
@@ -44,6 +43,12 @@ class RateInspection:
         def set_state_precision(self, precision: str) -> int:
             """From the optimizer."""
 
+        def _adapter_names(self) -> tuple[list[str], list[tuple[int, ...]]]:
+            """From the adapter reports."""
+
+        def _adapter_stats(self) -> dict[str, dict[str, int]]:
+            """From the adapter reports."""
+
         def scratch_bytes(self) -> int:
             """From the optimizer."""
 
@@ -53,8 +58,8 @@ class RateInspection:
     def get_effective_lrs(self) -> dict[str, float]:
         """The mean learning rate over all elements of each group, as it is applied, by group name.
 
-        Of an element: mask · (group lr now / group lr at start) · importance factor · (1 + 0.2 · relation score);
-        without a mask, the group's learning rate takes the place of the first two. One wait for the device.
+        Of an element: the group's learning rate now, times what every technique makes of it as things stand (mask,
+        importance, relations, rows and roles of adapters, trend of the loss). One wait for the device.
         """
         means = self._lr_eff()
         return dict(zip(means, numbers(list(means.values())), strict=True))
@@ -159,7 +164,7 @@ class RateInspection:
 
     def _masks(self, group: dict[str, Any]) -> tuple[list[Tensor], int]:
         """The masks of a group that exist, and how many elements have none yet and stand at ``start_lr``."""
-        masks = [self.state.get(p, {}).get("lr_mask") for p in group["params"]]
+        masks = [self._buckets.decoded(p, "lr_mask") for p in group["params"]]
         waiting = sum(p.numel() for p, mask in zip(group["params"], masks, strict=True) if mask is None)
         return [mask for mask in masks if mask is not None], waiting
 
@@ -192,22 +197,17 @@ class RateInspection:
         result = {}
         for name, group in self._groups():
             home = group["params"][0].device
-            masked = group.get("use_lr_mask", False)
-            adapted = group.get("use_dynamic_adaptation", False)
             weights, count = [], 0
             for p in group["params"]:
-                state = self.state.get(p, {})
-                mask = state.get("lr_mask") if masked else None
-                # in units of the group's learning rate at start
-                weight = (
-                    mask.sum(dtype=torch.float32).to(home) / group["start_lr"]
-                    if mask is not None
-                    else torch.full((), float(p.numel()), device=home)
-                )
-                if adapted and "importance_rate" in state:
-                    weight = weight * state["importance_rate"].to(home)
-                if adapted and "relation_score" in state:
-                    weight = weight * (1 + RELATION_GAIN * state["relation_score"].to(home))
+                state = Decoded(self._buckets, p, self.state.get(p, {}))
+                factor: Tensor | float = 1.0
+                for one in self._buckets.techniques(p):
+                    factor = factor * one.rate_factor(p, state)
+                if isinstance(factor, Tensor):
+                    # a factor of fewer elements than the parameter stands for all that it broadcasts to
+                    weight = factor.sum(dtype=torch.float32).to(home) * (p.numel() / max(1, factor.numel()))
+                else:
+                    weight = torch.full((), factor * p.numel(), device=home)
                 weights.append(weight)
                 count += p.numel()
             lr = group["lr"]
@@ -227,10 +227,10 @@ class RateInspection:
             for p in group["params"]
         }
         names, rows, sizes = [], [], []
-        for name, p, state in self._params():
+        for name, p, _ in self._params():
             if id(p) not in starts or p.numel() == 0:
                 continue
-            mask = state.get("lr_mask")
+            mask = self._buckets.decoded(p, "lr_mask")
             mask = torch.full((1,), starts[id(p)], device=p.device) if mask is None else mask.float()
             low, high = mask.aminmax()
             rows += [mask.mean(), low, high, mask.std(correction=0)]
@@ -242,6 +242,25 @@ class RateInspection:
             name: {**{key: next(values) for key in keys}, "elements": size}
             for name, size in zip(names, sizes, strict=True)
         }
+
+
+class Decoded(Mapping[str, Tensor]):
+    """A parameter's state as its techniques see it, decoded when it is asked for."""
+
+    def __init__(self, buckets: Buckets, param: Tensor, state: Mapping[str, Any]) -> None:
+        self._buckets, self._param, self._state = buckets, param, state
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._buckets.decoded(self._param, name)
+        if value is None:
+            raise KeyError(name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def numbers(tensors: list[Tensor]) -> list[float]:

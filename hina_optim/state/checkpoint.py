@@ -6,8 +6,9 @@ moments of bf16 parameters and 8-bit codes. This one checks everything first, th
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,8 @@ def describe(optimizer: HinaOptimizer) -> dict[str, Any]:
         "shapes": [list(p.shape) for p in every],
         "kept": sum(bool(optimizer.state.get(p)) for p in every),
         "alone": optimizer._buckets.alone(),
+        "told": optimizer._buckets.identities.told_names() if optimizer._buckets.identities.aliases else [],
+        **optimizer.described(),
     }
 
 
@@ -62,6 +65,9 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
         )
     if about.get("optimizer", owner) != owner:
         raise ValueError(f"{owner}: the checkpoint was saved by {about['optimizer']}; build that optimizer to load it.")
+    for key, value in optimizer.described().items():
+        if about.get(key, value) != value:
+            raise ValueError(f"{owner}: the checkpoint was saved with {key} {about[key]}, this optimizer has {value}.")
     indices, order = _match(optimizer, saved, about)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     names = optimizer.param_names()
@@ -86,7 +92,8 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
                 f"{owner}: the state of {names[at]} has no 'step': it is truncated, or another optimizer's."
             )
         entries[params[at]] = entry
-    optimizer._buckets.check_loaded(groups, entries)
+    with _told(optimizer, about, indices):
+        optimizer._buckets.check_loaded(groups, entries)
     # it all fits; the old state goes before the new one comes, so that loading needs no more memory than training
     for group, options in zip(optimizer.param_groups, groups, strict=True):
         group.update(options)
@@ -96,6 +103,27 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
         optimizer.state[param] = _own(param, entry)
     every = list(indices.values())
     optimizer._buckets.restore([every[at] for at in about.get("alone", ())])
+
+
+@contextlib.contextmanager
+def _told(optimizer: HinaOptimizer, about: Mapping[str, Any], indices: Mapping[Any, int]) -> Iterator[None]:
+    """What the checkpoint says of the adapters among nameless parameters holds from here on, unless an error comes.
+
+    The weights of a trained adapter no longer prove what those of a new one did.
+    """
+    who = optimizer._buckets.identities
+    before = dict(who.aliases)
+    told = about.get("told") or []
+    positions = who.positions()
+    if told:
+        who.aliases = {
+            positions[at]: name for at, name in zip(indices.values(), told, strict=True) if ".inferred" in name
+        }
+    try:
+        yield
+    except BaseException:
+        who.aliases = before
+        raise
 
 
 def _match(

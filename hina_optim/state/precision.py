@@ -1,24 +1,28 @@
 """How one piece of state is stored: the rule of an optimizer never sees it.
 
 A codec turns float32 values ``[N, *shape]`` into stored tensors and back. It may store several tensors a slot (codes
-and scales of a blockwise format): its *parts*, each a suffix of the state name. Codecs here store one.
+and scales of a blockwise format): its *parts*, each a suffix of the state name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from hina_optim.state.blockwise import BlockCodec, LogCodec
 from hina_optim.state.rounding import round_stochastic
 from hina_optim.state.slot import Slot
 
-__all__ = ["PRECISIONS", "Codec", "TensorCodec", "codec_for", "compute_dtype"]
+__all__ = ["PRECISIONS", "Codec", "Storage", "TensorCodec", "codec_for", "compute_dtype"]
 
 #: Values of the argument ``state_precision``, highest first.
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "8bit")
+#: Elements of a row from which on blocks within rows pay: a scale for each costs a quarter of a byte an element then.
+SHORTEST_ROW = 16
 
 
 class Codec(Protocol):
@@ -34,6 +38,10 @@ class Codec(Protocol):
     @property
     def noisy(self) -> bool:
         """Whether :meth:`encode` wants noise."""
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether only whole rows (of the matrix view) can be stored: blocks lie within a row."""
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """Stored → float32."""
@@ -52,6 +60,7 @@ class TensorCodec:
     dtype: torch.dtype
     compute: torch.dtype = torch.float32
     stochastic: bool = False
+    by_rows: ClassVar[bool] = False
 
     @property
     def parts(self) -> dict[str, torch.dtype]:
@@ -78,24 +87,60 @@ class TensorCodec:
         return {"": value.to(self.dtype)}
 
 
-def codec_for(slot: Slot, state_precision: str, param_dtype: torch.dtype) -> Codec:
+@dataclass(frozen=True)
+class Storage:
+    """What the user chose for the state of a group.
+
+    Attributes:
+        precision: One of :data:`PRECISIONS`.
+        min_8bit_size: Elements of the whole (global) parameter below which nothing is stored in 8 bits.
+        force_8bit: Store in 8 bits whatever can be.
+    """
+
+    precision: str
+    min_8bit_size: int = 4096
+    force_8bit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"state_precision={self.precision!r} is not one of {', '.join(PRECISIONS)}.")
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], precision: str | None = None) -> Storage:
+        """That of a group; with ``precision`` in the place of its own."""
+        return cls(precision or group["state_precision"], group["min_8bit_size"], group["force_8bit"])
+
+
+def codec_for(slot: Slot, storage: Storage, param_dtype: torch.dtype, shape: tuple[int, ...]) -> Codec:
     """The codec of a slot.
+
+    In 8 bits: what has a code, in parameters of ``min_8bit_size`` elements and rows of :data:`SHORTEST_ROW` (fixed
+    levels need no rows); smaller parameters stay in fp32, what has short rows or no code in bf16. It is decided on the
+    global shape, so that sharding changes nothing.
 
     Args:
         slot: What is to be stored.
-        state_precision: The user's choice, one of :data:`PRECISIONS`.
+        storage: The user's choice.
         param_dtype: dtype of the parameter.
+        shape: Its global shape.
     """
     compute = compute_dtype(param_dtype)
     if slot.precision == "int8":
         return TensorCodec(torch.int8, compute)
     if slot.precision == "param":
         return TensorCodec(param_dtype, compute)
-    if slot.precision == "fp32" or state_precision == "fp32" or slot.shape != "like":
+    if slot.precision == "fp32" or storage.precision == "fp32" or slot.shape != "like":
         return TensorCodec(compute, compute)
-    if state_precision == "bf16":
-        return TensorCodec(torch.bfloat16, compute, stochastic=True)
-    raise ValueError(f"state_precision={state_precision!r} is not one of {', '.join(PRECISIONS)}.")
+    if storage.precision == "8bit":
+        numel = torch.Size(shape).numel()
+        row = numel // shape[0] if len(shape) > 1 and shape[0] else numel
+        if not storage.force_8bit and numel < storage.min_8bit_size:
+            return TensorCodec(compute, compute)
+        if isinstance(slot.code, tuple):
+            return LogCodec(*slot.code, compute=compute)
+        if slot.code is not None and (storage.force_8bit or row >= SHORTEST_ROW):
+            return BlockCodec(slot.code == "signed", compute=compute, stochastic=slot.slow)
+    return TensorCodec(torch.bfloat16, compute, stochastic=True)
 
 
 def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:

@@ -7,6 +7,8 @@ from typing import Literal
 
 Init = float | Literal["param", "start_lr"]
 Precision = Literal["state", "fp32", "param", "int8"]
+#: ``(low, start, high)``: levels at equal ratios between the ends, with the first value among them.
+Levels = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class Slot:
         precision: Lowest precision that the technique tolerates. ``"state"`` follows the user's ``state_precision``;
             ``"fp32"`` never goes lower; ``"param"`` is the parameter's own dtype (exact for a copy of the weights);
             ``"int8"`` holds small integers exactly.
+        code: How 8 bits hold it: ``"signed"`` or ``"unsigned"`` values in blocks with a scale, or fixed levels; None for
+            what needs 16 bits.
+        slow: True if one step changes it by less than 8 bits tell apart: then they are rounded stochastically.
         constant: If True, a parameter whose first value is zero everywhere keeps one zero instead of a full tensor.
             Only for state that never changes (an anchor).
     """
@@ -30,6 +35,8 @@ class Slot:
     shape: Literal["like"] | tuple[int, ...] = "like"
     init: Init = 0.0
     precision: Precision = "state"
+    code: Literal["signed", "unsigned"] | Levels | None = None
+    slow: bool = False
     constant: bool = False
 
     def local_shape(self, param_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -38,8 +45,8 @@ class Slot:
 
 
 #: First moment of the gradient.
-EXP_AVG = Slot("exp_avg")
+EXP_AVG = Slot("exp_avg", code="signed")
 #: Second moment of the gradient.
-EXP_AVG_SQ = Slot("exp_avg_sq")
+EXP_AVG_SQ = Slot("exp_avg_sq", code="unsigned", slow=True)
 #: The weights before the first update; a parameter that begins at zero keeps one zero (it broadcasts).
 ANCHOR = Slot("anchor", init="param", precision="param", constant=True)

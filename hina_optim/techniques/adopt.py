@@ -75,39 +75,63 @@ class AdoptNormalization(Technique):
 
 
 class Momentum(Technique):
-    """First moment of what comes in, without bias correction: the direction of ADOPT.
+    """First moment of what comes in, without bias correction: the direction of ADOPT, and the moment of CAME.
 
-    ``m ← β₁m + (1-β₁)·damping·n``, ``u = m``; ``damping`` is 1 unless a technique set it.
+    ``m ← β₁m + (1-β₁)·clip·damping·n``, ``u = m``; ``clip`` and ``damping`` are 1 unless a technique set them.
+
+    With ``decay`` below 1 the memory gets shorter with time: ``β₁(t) = max(β₁·decay^(t-1), floor)``. Under a
+    :class:`~.confidence.Confidence` give it a floor of 0.5 or so: as β₁ goes to 0 the moment becomes the gradient
+    itself, so that nothing deviates from it any more and every step is taken for a sure one.
 
     Args:
         beta1: β₁, decay a step, in [0, 1).
+        decay: Factor on β₁ a step, in [0, 1]; 1 leaves it constant.
+        floor: Smallest β₁ that ``decay`` leads to, in [0, beta1].
 
     Raises:
-        ValueError: beta1 is outside [0, 1).
+        ValueError: beta1 is outside [0, 1), decay outside [0, 1], or floor outside [0, beta1].
 
-    Source: arXiv 2411.02853, algorithm 2, line of ``m``.
+    Source: arXiv 2411.02853, algorithm 2, line of ``m``; arXiv 2307.02047, algorithm 2, the same. A β₁ that decays is
+    in neither; this project's own.
     """
 
     name: ClassVar[str] = "momentum"
-    reads: ClassVar[frozenset[str]] = frozenset({"grad", "incoming", "damping"})
+    reads: ClassVar[frozenset[str]] = frozenset({"grad", "incoming", "clip", "damping"})
     writes: ClassVar[frozenset[str]] = frozenset({"update"})
 
-    def __init__(self, beta1: float) -> None:
+    def __init__(self, beta1: float, decay: float = 1.0, floor: float = 0.0) -> None:
         arguments.check("Momentum", "beta1", beta1, arguments.BELOW_ONE)
-        self.beta1 = float(beta1)
+        arguments.check("Momentum", "decay", decay, arguments.UNIT)
+        up_to_beta1 = arguments.Rule(
+            f"a number in [0, beta1={beta1}]", lambda x: arguments.BELOW_ONE.holds(x) and x <= beta1
+        )
+        arguments.check("Momentum", "floor", floor, up_to_beta1)
+        self.beta1, self.decay, self.floor = float(beta1), float(decay), float(floor)
 
     def slots(self, info: ParamInfo) -> tuple[Slot, ...]:
         """The first moment, of the parameter's shape."""
         return (EXP_AVG,)
+
+    def scalars(self, t: Tensor) -> dict[str, Tensor]:
+        """β₁ of this step, where it decays."""
+        if self.decay == 1:
+            return {}
+        keep = (self.beta1 * self.decay ** (t - 1)).clamp(min=self.floor)
+        return {"keep": keep, "take": 1 - keep}
 
     def transform(self, flow: Flow) -> None:
         """Update the moment and set the direction."""
         incoming = flow.get("incoming")
         if incoming is None:
             incoming = flow["grad"]
-        damping = flow.get("damping")
+        clip, damping = flow.get("clip"), flow.get("damping")
+        if clip is not None:
+            damping = clip if damping is None else clip * damping
         if damping is not None:
             incoming = damping * incoming
-        m = self.beta1 * flow.state["exp_avg"] + (1 - self.beta1) * incoming
+        if self.decay == 1:
+            m = self.beta1 * flow.state["exp_avg"] + (1 - self.beta1) * incoming
+        else:
+            m = flow.scalar(self, "keep") * flow.state["exp_avg"] + flow.scalar(self, "take") * incoming
         flow.new["exp_avg"] = m
         flow["update"] = m

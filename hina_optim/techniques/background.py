@@ -12,7 +12,7 @@ from hina_optim.techniques.base import Flow, ParamInfo, Slot, Sums, Technique
 __all__ = ["BACKGROUND", "BackgroundRegularization"]
 
 #: Share of recent steps with low activity, in [0, 1]. Only half of it is used, as a factor: bf16 is enough.
-BACKGROUND = Slot("background")
+BACKGROUND = Slot("background", code="unsigned", slow=True)
 
 #: Smallest spread of |g| to believe in, as a share of its mean: float32 sums of squares do not resolve a smaller one,
 #: and with none at all the rounding of the mean alone would decide which elements of a constant gradient are low.

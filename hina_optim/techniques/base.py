@@ -11,22 +11,27 @@ otherwise):
 ``grad``       gradient as the techniques before left it
 ``param``      weights before this update
 ``incoming``   what enters the first moment (the gradient, or its normalized form under ADOPT)
-``damping``    per parameter, ``[N, 1, …]``: factor on ``incoming`` (torque-aware momentum)
+``clip``       per parameter, ``[N, 1, …]``: factor on ``incoming``, not applied to it yet (clipping by its rms)
+``damping``    per parameter, ``[N, 1, …]``: factor on ``incoming`` as it enters the moment (torque-aware momentum)
 ``update``     direction ``u`` of the step, before rates
 ``scale``      per parameter, ``[N, 1, …]``: factor on ``update`` that may only be known once sums are reduced
 ``lr``         group learning rate now, 0-d or ``[N, 1, …]``; a technique may close it (0) for a parameter
 ``rate``       learning rate of every element, 0-d or broadcastable to ``[N, *shape]``
 ``decay``      decoupled decay of this step, broadcastable: ``decay · param`` is subtracted
+``drift``      change of the weights beside step and decay, subtracted as it is; proportional to ``lr``
 ``pull``       per parameter, ``[N, 1, …]``: share of the way back to the anchor after the step
 ``bump_scale`` factor on the bumps of the learning-rate mask
 =============  =====================================================================================================
 
-The engine then writes ``q = param - decay·param - rate·scale·update`` and ``param ← q - pull·(q - anchor)``.
+The engine then writes ``q = param - decay·param - drift - rate·scale·update`` and ``param ← q - pull·(q - anchor)``.
 
 What crosses elements is declared, and only the engine does it, over all chunks and all shards:
 
 * *sums*: :meth:`Technique.sums` returns element-wise tensors, the engine adds them up over the whole (global) parameter
-  and hands the totals, ``[N, 1, …]``, to :meth:`Technique.settle`;
+  and hands the totals, ``[N, 1, …]``, to :meth:`Technique.settle`. Wrapped in :class:`ByRow` or :class:`ByColumn`, they
+  are summed over each row or column of the matrix view (first dimension × all the others) instead, and come back as
+  ``[N, rows]`` or ``[N, columns]``, complete on every shard and chunk; :meth:`Flow.over_rows` and
+  :meth:`Flow.over_columns` lay such a vector over the elements present;
 * *whole matrix*: a technique that names values in ``whole`` gets them complete in :meth:`Technique.whole_matrix`;
 * *over all parameters, at intervals*: :class:`PeriodicTechnique`.
 
@@ -37,18 +42,44 @@ declares.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from hina_optim.state.slot import Slot
 
-__all__ = ["Flow", "Folded", "ParamInfo", "PeriodicTechnique", "Slot", "Sums", "Technique"]
+__all__ = [
+    "ByColumn",
+    "ByRow",
+    "Flow",
+    "Folded",
+    "ParamInfo",
+    "PeriodicTechnique",
+    "Relations",
+    "Slot",
+    "Sums",
+    "Technique",
+]
 
 NAMES = frozenset(
-    {"grad", "param", "incoming", "damping", "update", "scale", "lr", "rate", "decay", "pull", "bump_scale"}
+    {
+        "grad",
+        "param",
+        "incoming",
+        "clip",
+        "damping",
+        "update",
+        "scale",
+        "lr",
+        "rate",
+        "decay",
+        "drift",
+        "pull",
+        "bump_scale",
+    }
 )
 
 
@@ -63,7 +94,33 @@ class Folded:
     size: int
 
 
-Sums = dict[str, "Tensor | Folded"]
+@dataclass(frozen=True)
+class ByRow:
+    """An element-wise tensor to be summed over each row of the matrix view: totals ``[N, rows]``."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class ByColumn:
+    """An element-wise tensor to be summed over each column of the matrix view: totals ``[N, columns]``."""
+
+    value: Tensor
+
+
+Sums = dict[str, "Tensor | Folded | ByRow | ByColumn"]
+
+
+class Relations(NamedTuple):
+    """Which parameters of a population belong to one adapter.
+
+    Attributes:
+        partners: int64 ``[P]``: index of the other factor of the same product, -1 where none is known.
+        adapters: int64 ``[P]``: a number that the parameters of one adapter share, -1 for those of none.
+    """
+
+    partners: Tensor
+    adapters: Tensor
 
 
 @dataclass(frozen=True)
@@ -84,6 +141,21 @@ class ParamInfo:
     def numel(self) -> int:
         """Number of elements of one parameter, over all shards."""
         return int(torch.Size(self.shape).numel())
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix view (1 for a vector or a number)."""
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def columns(self) -> int:
+        """Columns of the matrix view: all dimensions but the first, of a vector all elements."""
+        return self.numel // self.rows if self.rows else 0
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether there are two dimensions or more, and elements: whether the matrix view means anything."""
+        return len(self.shape) > 1 and self.numel > 0
 
     @property
     def spatial_axes(self) -> tuple[int, ...]:
@@ -136,6 +208,20 @@ class Flow:
         """Reshape ``[N]`` to ``[N, 1, …]`` so that it broadcasts against the parameters present."""
         return x.reshape(x.shape[0], *([1] * (self.values["grad"].ndim - 1)))
 
+    def over_rows(self, x: Tensor) -> Tensor:
+        """Lay a number a row, ``[N, rows]``, over the elements present: broadcastable to ``[N, *shape]``."""
+        index = self.values.get("row_index")
+        if index is not None:
+            x = x.index_select(1, index)
+        return x.reshape(x.shape[0], x.shape[1], *([1] * (self.values["grad"].ndim - 2)))
+
+    def over_columns(self, x: Tensor) -> Tensor:
+        """Lay a number a column, ``[N, columns]``, over the elements present: broadcastable to ``[N, *shape]``."""
+        index = self.values.get("column_index")
+        if index is not None:  # a flat piece that does not consist of whole rows
+            return x.index_select(1, index)
+        return x.reshape(x.shape[0], 1, *self.values["grad"].shape[2:])
+
     def scalar(self, technique: Technique, name: str) -> Tensor:
         """A number a parameter that :meth:`Technique.scalars` computed for this step, ``[N, 1, …]``, float32."""
         return self.per_param(self.scalars[f"{technique.name}.{name}"])
@@ -144,6 +230,9 @@ class Flow:
     def count(self) -> float:
         """Global number of elements of one parameter."""
         return float(self.info.numel)
+
+
+Self = TypeVar("Self", bound="Technique")
 
 
 class Technique:
@@ -165,6 +254,14 @@ class Technique:
         whole: Named values that :meth:`whole_matrix` needs complete.
         whole_is_small: True if :meth:`whole_matrix` returns something of fixed shape (``[N, …]``, kept whole on every
             shard) instead of ``[N, *info.shape]``.
+        by_rows: True if it uses :class:`ByRow`, :class:`ByColumn`, :meth:`Flow.over_rows` or
+            :meth:`Flow.over_columns`: large parameters are then cut between rows.
+        reads_loss: True if :meth:`transform`, :meth:`sums` or :meth:`settle` read ``flow.scalars["loss"]``: ``[N]``,
+            equal numbers, the loss that was reported for this step, NaN where none was.
+        needs_index: True if ``flow["index"]`` is read in steps that do not measure, too.
+        window: First step in which it acts, and the first in which it does so no more (None: never), counted from 0 by
+            the steps in which the parameter had a gradient. Outside of it the technique is left out of the step; its
+            state is there and stays as it is. Set by :meth:`during`.
     """
 
     name: ClassVar[str] = ""
@@ -175,6 +272,22 @@ class Technique:
     settle_reads: ClassVar[frozenset[str]] = frozenset()
     whole: ClassVar[tuple[str, ...]] = ()
     whole_is_small: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = False
+    reads_loss: ClassVar[bool] = False
+    needs_index: ClassVar[bool] = False
+    window: tuple[int, int | None] = (0, None)
+
+    def during(self: Self, start: int, stop: int | None = None) -> Self:
+        """This technique, acting in steps ``start`` (from 0) to ``stop - 1`` only; for phases of a training."""
+        if start < 0 or (stop is not None and stop < start):
+            raise ValueError(f"{type(self).__name__}.during: {start}, {stop} are no first and last step.")
+        self.window = (start, stop)
+        return self
+
+    def acts(self, step: int) -> bool:
+        """Whether it acts in a step, counted from 0."""
+        start, stop = self.window
+        return step >= start and (stop is None or step < stop)
 
     def slots(self, info: ParamInfo) -> tuple[Slot, ...]:
         """The state that this technique keeps for such a parameter."""
@@ -214,8 +327,23 @@ class Technique:
         """Element-wise tensors whose sums over the whole parameter :meth:`settle` needs. Changes nothing."""
         return {}
 
+    def rate_factor(self, param: Tensor, state: Mapping[str, Tensor]) -> Tensor | float:
+        """The factor that it puts on the learning rate as things stand; for reports, not for the step.
+
+        Args:
+            param: One parameter (or the part of it that is here).
+            state: Its state, as :meth:`transform` sees it but without the batch dimension; empty before the first step.
+
+        Returns:
+            A number, or a tensor that broadcasts to ``param``.
+        """
+        return 1.0
+
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
-        """Change the flow, knowing the totals (``[N, 1, …]``; ``[N, size]`` for :class:`Folded`)."""
+        """Change the flow, knowing the totals.
+
+        ``[N, 1, …]``; of :class:`Folded`, :class:`ByRow` and :class:`ByColumn` ``[N, size]``.
+        """
 
 
 class PeriodicTechnique(Technique):
@@ -239,7 +367,7 @@ class PeriodicTechnique(Technique):
         """Whether such a parameter is part of the population."""
         return True
 
-    def refresh(self, states: dict[str, Tensor], infos: list[ParamInfo], partners: Tensor) -> dict[str, Tensor]:
+    def refresh(self, states: dict[str, Tensor], infos: list[ParamInfo], relations: Relations) -> dict[str, Tensor]:
         """New small state from the small states of the whole population.
 
         Must be idempotent: called twice without a measurement in between, it changes nothing the second time. It runs
@@ -248,7 +376,7 @@ class PeriodicTechnique(Technique):
         Args:
             states: ``{slot name: [P, *slot shape]}`` for the slots named in ``population``.
             infos: The ``P`` parameters, in the optimizer's order.
-            partners: ``[P]``, int64: index of the other half of the adapter in the population, -1 where none is known.
+            relations: Which of them belong together.
 
         Returns:
             ``{slot name: [P, *slot shape]}``, what changed.

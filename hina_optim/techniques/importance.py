@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hina_optim import arguments as rule
 from hina_optim.state.slot import ANCHOR
-from hina_optim.techniques.base import Flow, ParamInfo, PeriodicTechnique, Slot, Sums
+from hina_optim.techniques.base import Flow, ParamInfo, PeriodicTechnique, Relations, Slot, Sums
 
 __all__ = ["ImportanceScaling", "analyze_importance"]
 
@@ -88,6 +88,10 @@ class ImportanceScaling(PeriodicTechnique):
             Slot("importance_raw", shape=(4,), precision="fp32"),
         )
 
+    def rate_factor(self, param: Tensor, state: Mapping[str, Tensor]) -> Tensor | float:
+        """The factor in force."""
+        return state.get("importance_rate", 1.0)
+
     def transform(self, flow: Flow) -> None:
         """Scale the rate by the factor in force."""
         flow["rate"] = flow["rate"] * flow.per_param(flow.state["importance_rate"])
@@ -117,7 +121,7 @@ class ImportanceScaling(PeriodicTechnique):
             (mean_sq.sqrt(), drift, variance * of["nonzero"] / n, torch.full_like(drift, FRESH)), dim=1
         )
 
-    def refresh(self, states: dict[str, Tensor], infos: list[ParamInfo], partners: Tensor) -> dict[str, Tensor]:
+    def refresh(self, states: dict[str, Tensor], infos: list[ParamInfo], relations: Relations) -> dict[str, Tensor]:
         """Scores and factors from all measurements; one that is not finite counts as not made."""
         raw, score, rate = states["importance_raw"], states["importance"], states["importance_rate"]
         flag = raw[:, 3]

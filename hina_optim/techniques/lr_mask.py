@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -82,13 +83,18 @@ class LearningRateMask(Technique):
 
     def slots(self, info: ParamInfo) -> tuple[Slot, ...]:
         """The mask and the last sign, of the parameter's shape."""
-        return (Slot("lr_mask", init="start_lr", precision="state"), Slot("last_sign", precision="int8"))
+        levels = self.min_lr, self.start_lr, self.max_lr
+        return (Slot("lr_mask", init="start_lr", code=levels), Slot("last_sign", precision="int8"))
 
     def scalars(self, t: Tensor) -> dict[str, Tensor]:
         """Whether the mask moves, and the size of the bumps of this step, upwards and downwards."""
         moving = (t < self.warmup_steps).to(t.dtype)
         down = self.lr_bump * moving
         return {"moving": moving, "up": torch.where(t < self.warmup_steps / 2, self.d_coef * down, down), "down": down}
+
+    def rate_factor(self, param: Tensor, state: Mapping[str, Tensor]) -> Tensor | float:
+        """``M / start_lr``."""
+        return state["lr_mask"] / self.start_lr if "lr_mask" in state else 1.0
 
     def transform(self, flow: Flow) -> None:
         """Move the mask, remember the signs, and set the rate."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hina_optim import arguments as rule
-from hina_optim.techniques.base import Flow, Folded, ParamInfo, PeriodicTechnique, Slot, Sums
+from hina_optim.techniques.base import Flow, Folded, ParamInfo, PeriodicTechnique, Relations, Slot, Sums
 
 __all__ = ["Relationships", "describe_relationships", "interaction_type", "random_signs"]
 
 #: Numbers kept of a gradient. The cosine of two independent gradients is then off by about 1/√64.
 SKETCH = 64
+
+#: Share of the best score that is added to a rate.
+GAIN = 0.2
 
 #: Relations remembered for each parameter.
 KEPT = 3
@@ -94,9 +97,13 @@ class Relationships(PeriodicTechnique):
             Slot("relation_scores", shape=(KEPT,), precision="fp32"),
         )
 
+    def rate_factor(self, param: Tensor, state: Mapping[str, Tensor]) -> Tensor | float:
+        """The factor in force."""
+        return 1 + GAIN * state["relation_score"] if "relation_score" in state else 1.0
+
     def transform(self, flow: Flow) -> None:
         """Raise the rate by a fifth of the best score."""
-        flow["rate"] = flow["rate"] * (1 + 0.2 * flow.per_param(flow.state["relation_score"]))
+        flow["rate"] = flow["rate"] * (1 + GAIN * flow.per_param(flow.state["relation_score"]))
 
     def sums(self, flow: Flow) -> Sums:
         """The gradient with random signs, folded into the sketch."""
@@ -108,8 +115,9 @@ class Relationships(PeriodicTechnique):
         old = flow.state["relation_sketch"]
         flow.new["relation_sketch"] = self.decay * old + (1 - self.decay) * _unit(totals["sketch"])
 
-    def refresh(self, states: dict[str, Tensor], infos: list[ParamInfo], partners: Tensor) -> dict[str, Tensor]:
+    def refresh(self, states: dict[str, Tensor], infos: list[ParamInfo], relations: Relations) -> dict[str, Tensor]:
         """Compare all pairs, and keep the best of each parameter."""
+        partners = relations.partners
         sketch = _unit(torch.nan_to_num(states["relation_sketch"], 0.0, 0.0, 0.0))
         count, device = len(infos), sketch.device
         views = torch.tensor([(i.shape[0], i.numel // i.shape[0]) for i in infos], dtype=torch.int64)

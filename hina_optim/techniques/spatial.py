@@ -15,7 +15,7 @@ __all__ = ["SPATIAL_VARIANCE", "SpatialAwareness"]
 
 #: Running variance of the neighborhood. Only its ratio to its own mean is used, and it forgets a tenth a step: the
 #: 8 bits of a bf16 mantissa are enough.
-SPATIAL_VARIANCE = Slot("spatial_variance")
+SPATIAL_VARIANCE = Slot("spatial_variance", code="unsigned", slow=True)
 
 
 class SpatialAwareness(Technique):

@@ -32,7 +32,7 @@ class SelectiveProjectionDecay(Technique):
     never touched. The pull is bounded by 1, at which the weights are the anchor again: the paper leaves λ unbounded,
     and beyond 1 the pull would overshoot.
 
-    θ̃ is never formed. With ``d = θ-θ₀``, ``c = decay·θ + scale·rate·u`` (``θ̃-θ₀ = d-c``), the growth
+    θ̃ is never formed. With ``d = θ-θ₀``, ``c = decay·θ + drift + scale·rate·u`` (``θ̃-θ₀ = d-c``), the growth
     ``‖θ̃-θ₀‖² - ‖d‖² = ⟨c,c⟩ - 2⟨d,c⟩`` is taken from sums of the small ``c``, not as a difference of two large norms.
     ``scale`` is only applied to the totals, so that the sums do not wait for it. Nothing moves when the learning rate
     is 0: then ``c = 0``, hence ``r = 0``.
@@ -47,7 +47,7 @@ class SelectiveProjectionDecay(Technique):
     """
 
     name: ClassVar[str] = "spd"
-    sums_over: ClassVar[frozenset[str]] = frozenset({"grad", "param", "update", "rate", "decay"})
+    sums_over: ClassVar[frozenset[str]] = frozenset({"grad", "param", "update", "rate", "decay", "drift"})
     settles: ClassVar[frozenset[str]] = frozenset({"pull"})
     settle_reads: ClassVar[frozenset[str]] = frozenset({"scale"})
 
@@ -60,15 +60,15 @@ class SelectiveProjectionDecay(Technique):
         return (ANCHOR,)
 
     def sums(self, flow: Flow) -> Sums:
-        """The inner products of distance ``d``, decay ``e`` and unscaled step ``b``; and of gradient and distance."""
+        """The inner products of distance ``d``, unscaled step ``b``, decay and drift ``e``; gradient and distance."""
         param = flow["param"]
         d = param - flow.state["anchor"]
         b = flow["rate"] * flow["update"]
         grad = flow["grad"]
         products: Sums = {"gd": grad * d, "gg": grad * grad, "dd": d * d, "db": d * b, "bb": b * b}
-        decay = flow.get("decay")
-        if decay is not None:
-            e = decay * param
+        decay, drift = flow.get("decay"), flow.get("drift")
+        e = drift if decay is None else decay * param if drift is None else decay * param + drift
+        if e is not None:
             products |= {"de": d * e, "ee": e * e, "eb": e * b}
         return products
 

@@ -1,4 +1,4 @@
-"""Spectrum: at intervals, which directions hold the energy of a matrix; for the rank penalty and the emphasis."""
+"""Spectrum: at intervals, which directions hold the energy of a matrix; for penalty, emphasis and decay by rank."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hina_optim import arguments as rule
-from hina_optim.techniques.base import Flow, ParamInfo, PeriodicTechnique, Slot
+from hina_optim.techniques.base import Flow, ParamInfo, PeriodicTechnique, Relations, Slot
 
 __all__ = ["MAX_SIDE", "RANK_TARGET", "Spectrum", "acts_on_left", "has_spectrum", "multiply", "side"]
 
@@ -89,6 +89,9 @@ class Spectrum(PeriodicTechnique):
     * ``rank_coefficient`` ``K``: the gradient of the tail ``σₖ₊₁ + σₖ₊₂ + …`` is ``K·M`` (rows) or ``M·K`` (columns)
       with ``K = Eₜ Σₜ⁻¹ Eₜᵀ`` over the tail ``t``.
     * ``emphasis_projection`` ``P = Eₕ Eₕᵀ``: projects on the leading ``k`` singular directions ``h``.
+    * ``decay_matrix`` ``D = E·diag(w)·Eᵀ``, on request: ``D·M`` (or ``M·D``) weighs the singular values, those of value
+      zero fully (``w = 1``), the others by their rank, ``wᵢ = (i-1)/(r-1)`` with ``r`` the shorter side of ``M``: from
+      0 for the leading one to 1 for the last. Zero for a matrix of zeros. Half of a LoRA pair has that of its own.
 
     For a LoRA pair the tail is that of the *product* ``B·A``, which is never formed. With
     ``G_A = A·Aᵀ = E_a S_a² E_aᵀ``, ``G_B = Bᵀ·B = E_b S_b² E_bᵀ`` and the singular value decomposition
@@ -102,11 +105,13 @@ class Spectrum(PeriodicTechnique):
     resolve it.
 
     Applies to matrices with ``s <= MAX_SIDE``; ``s`` is the inner side (the rank) for half of a LoRA pair, else the
-    shorter side. State: three ``[s, s]`` matrices a parameter, float32, because eigenvalues near zero decide.
+    shorter side. State: three or four ``[s, s]`` matrices a parameter, float32, because eigenvalues near zero decide.
 
     Args:
         rank_target: Rank to keep (an integer >= 1), or share of the energy to keep (a float in (0, 1)).
         interval: Steps from one measurement to the next, an integer >= 1.
+        decay: Whether to keep ``decay_matrix``, for
+            :class:`~hina_optim.techniques.rank_aware_decay.RankAwareDecay`.
 
     Raises:
         ValueError: An argument is not what is said above.
@@ -121,11 +126,15 @@ class Spectrum(PeriodicTechnique):
     whole_is_small: ClassVar[bool] = True
     population: ClassVar[tuple[str, ...]] = ("gram", "rank_coefficient", "emphasis_projection")
 
-    def __init__(self, rank_target: int | float = 0.9, interval: int = 10) -> None:
+    def __init__(self, rank_target: int | float = 0.9, interval: int = 10, decay: bool = False) -> None:
         rule.check("Spectrum", "rank_target", rank_target, RANK_TARGET)
         rule.check("Spectrum", "interval", interval, rule.INTERVAL)
+        rule.check("Spectrum", "decay", decay, rule.FLAG)
         self.rank_target = rank_target
         self.interval = interval
+        self.decay = decay
+        if decay:  # what is not asked for is not remembered
+            self.population = (*type(self).population, "decay_matrix")  # type: ignore[misc]
 
     def applies(self, info: ParamInfo) -> bool:
         """Matrices with a short side only."""
@@ -151,11 +160,12 @@ class Spectrum(PeriodicTechnique):
         """Keep the Gram matrix."""
         flow.new["gram"] = flow["spectrum.whole"]
 
-    def refresh(self, states: dict[str, Tensor], infos: list[ParamInfo], partners: Tensor) -> dict[str, Tensor]:
+    def refresh(self, states: dict[str, Tensor], infos: list[ParamInfo], relations: Relations) -> dict[str, Tensor]:
         """Coefficients and projections from the Gram matrices of all parameters with the same ``s``.
 
         A Gram matrix that is not finite, or a result that is not, leaves the old one in force.
         """
+        partners = relations.partners
         gram = states["gram"]
         resolution = gram.shape[-1] * torch.finfo(gram.dtype).eps
         # eigh raises on NaN, for the whole batch
@@ -165,6 +175,9 @@ class Spectrum(PeriodicTechnique):
         sigma = torch.where(values > resolution * values[:, :1], values, 0).clamp_min(0).sqrt()
 
         leading = self._leading(sigma)
+        fresh: dict[str, tuple[Tensor, Tensor]] = {}
+        if self.decay:
+            fresh["decay_matrix"] = _sandwich(vectors, _growth(sigma, infos), vectors), valid
         projection = _sandwich(vectors, (leading & (sigma > 0)).to(sigma.dtype), vectors)
         coefficient = _sandwich(vectors, torch.where(leading, 0, _inverse(sigma)), vectors)
         pairs = [
@@ -177,10 +190,8 @@ class Spectrum(PeriodicTechnique):
             of_a, of_b = self._product(vectors[a], sigma[a], vectors[b], sigma[b], resolution)
             coefficient = coefficient.index_copy(0, a, of_a).index_copy(0, b, of_b)
             valid = valid.index_copy(0, a, valid[a] & valid[b]).index_copy(0, b, valid[a] & valid[b])
-        return {
-            "rank_coefficient": _or_old(coefficient, states["rank_coefficient"], valid),
-            "emphasis_projection": _or_old(projection, states["emphasis_projection"], valid),
-        }
+        fresh |= {"rank_coefficient": (coefficient, valid), "emphasis_projection": (projection, valid)}
+        return {name: _or_old(value, states[name], usable) for name, (value, usable) in fresh.items()}
 
     def _leading(self, sigma: Tensor) -> Tensor:
         """Which of the descending singular values ``[P, s]`` are among the leading ``k``."""
@@ -205,6 +216,14 @@ class Spectrum(PeriodicTechnique):
 def _inverse(sigma: Tensor) -> Tensor:
     """``1/σ``, and 0 where ``σ`` is 0."""
     return torch.where(sigma > 0, 1 / torch.where(sigma > 0, sigma, 1), 0)
+
+
+def _growth(sigma: Tensor, infos: list[ParamInfo]) -> Tensor:
+    """Weights ``[P, s]`` of the descending singular values: 0 for the leading one … 1 for the last, and beyond."""
+    last = torch.tensor([max(min(_view(info)) - 1, 1) for info in infos], dtype=sigma.dtype, device=sigma.device)
+    order = torch.arange(sigma.shape[-1], dtype=sigma.dtype, device=sigma.device)
+    growth = torch.where(sigma > 0, order / last[:, None], 1)
+    return growth * (sigma[:, :1] > 0)
 
 
 def _sandwich(left: Tensor, diagonal: Tensor, right: Tensor) -> Tensor:
