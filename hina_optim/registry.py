@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from hina_optim.arguments import nearest
 from hina_optim.catalog import RECORDS, OptimizerInfo, Paper
 from hina_optim.engine.optimizer import HinaOptimizer
-from hina_optim.parsing import parse_arguments
+from hina_optim.parsing import argument_types, parse_arguments
 from hina_optim.presets import Preset
+from hina_optim.profiles import profile_arguments
 
 __all__ = [
     "OptimizerInfo",
@@ -52,11 +53,13 @@ def create_optimizer(
             :func:`~hina_optim.parsing.parse_arguments`), ``"preset=lora"`` among them; mappings of arguments; and a
             configuration object, the same as ``config=``.
         preset: A set of arguments for a purpose; see :func:`list_presets`. It never sets the learning rate.
-        **arguments: Of the class. These, and those in ``given``, override the preset.
+        **arguments: Of the class. These, and those in ``given``, override the preset. ``profile``
+            (:data:`~hina_optim.profiles.PROFILES`) is understood for every optimizer: one that has no such argument of
+            its own takes of the profile what it has.
 
     Raises:
-        ValueError: No such optimizer or preset (names the nearest), a module without a parameter that requires grad,
-            text that cannot be read, or an argument with a bad value.
+        ValueError: No such optimizer, preset or profile (names the nearest), preset and profile together, a module
+            without a parameter that requires grad, text that cannot be read, or an argument with a bad value.
         TypeError: An argument that the class does not have (names the nearest), or one that is given twice.
 
     Example:
@@ -70,7 +73,9 @@ def create_optimizer(
         ((0.9, 0.99), False)
     """
     info = get_optimizer_info(name)
-    parts: list[Mapping[str, Any]] = [parse_arguments(info.cls, _texts(info, given), {"preset": str | None})]
+    known = argument_types(info.cls)
+    extra = {"preset": str | None, **({} if "profile" in known else {"profile": str | None})}
+    parts: list[Mapping[str, Any]] = [parse_arguments(info.cls, _texts(info, given), extra)]
     for one in given:
         if isinstance(one, Mapping):
             parts.append(one)
@@ -84,7 +89,13 @@ def create_optimizer(
                 raise TypeError(f"{info.name}: {key} is given twice, as {merged[key]!r} and as {value!r}.")
             merged[key] = value
     chosen = merged.pop("preset", None)
+    if chosen is not None and merged.get("profile") is not None:
+        raise ValueError(
+            f"{info.name}: preset={chosen!r} and profile={merged['profile']!r} are both given; choose one."
+        )
     below: Mapping[str, Any] = {} if chosen is None else _preset(info, chosen).arguments
+    if "profile" not in known and (profile := merged.pop("profile", None)) is not None:
+        below = {key: value for key, value in profile_arguments(profile).items() if key in known}
     return info.cls(_params(params_or_model), **{**below, **merged})
 
 

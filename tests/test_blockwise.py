@@ -65,9 +65,6 @@ def blocks(signed: bool) -> Tensor:
     return every if signed else every.abs()
 
 
-# ---------------------------------------------------------------------------------------------- bitsandbytes
-
-
 @pytest.fixture(scope="module")
 def bnb() -> Any:
     """The functional interface of the real library."""
@@ -119,9 +116,6 @@ def test_cpu_kernel_of_bitsandbytes_differs_by_its_table_only(bnb: Any, signed: 
     # and wherever they differ, ours is the nearer one (up to the rounding of a tie)
     closer = (ours - value).abs() - (theirs - value).abs()
     assert (closer / state.absmax[:, None]).max() < 1e-7
-
-
-# ---------------------------------------------------------------------------------------------- look-ups
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -208,8 +202,6 @@ def test_tables_follow_to_a_device_once() -> None:
     parts = codec.encode(torch.zeros(1, 4, 300, device="meta"), None)
     assert parts["_scale"].shape == (1, 4, 2) and codec.decode(parts).shape == (1, 4, 300)
 
-
-# ---------------------------------------------------------------------------------------------- layout
 
 SHAPES = [(), (5,), (256,), (700,), (3, 17), (4, 256), (4, 320), (2, 1024), (6, 3, 5, 5), (6, 40, 3, 3), (2, 3, 2, 130)]
 
@@ -304,9 +296,6 @@ def test_compiled_is_the_same() -> None:
         assert torch.equal(one, other)
 
 
-# ---------------------------------------------------------------------------------------------- errors
-
-
 @pytest.mark.parametrize(("signed", "absolute", "relative"), [(True, 0.0071, 0.062), (False, 0.0036, 0.033)])
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e30])
 def test_error_bounds(signed: bool, absolute: float, relative: float, size: float) -> None:
@@ -394,9 +383,6 @@ def test_degenerate_bounds(bounds: tuple[float, float, float]) -> None:
         assert torch.equal(stored(codec, value, noise), wanted)
 
 
-# ---------------------------------------------------------------------------------------------- over many steps
-
-
 def test_a_frozen_mask_does_not_move() -> None:
     """5000 times stored, with other noise each time."""
     codec = LogCodec(*MASK)
@@ -481,9 +467,6 @@ def test_a_second_moment_that_is_rounded_at_random_fades() -> None:
     assert abs(float(out[..., quiet].sum() / exact[..., quiet].sum()) - 1) < 0.03
     out, exact = follow(BlockCodec(False), 0.999, fading=True)
     assert float(out[..., quiet].sum() / exact[..., quiet].sum()) > 1.5
-
-
-# ---------------------------------------------------------------------------------------------- signs
 
 
 @pytest.mark.parametrize("shape", [(8,), (3, 12), (2, 4, 5, 2), (5, 3, 2, 2), (0, 8)])

@@ -198,7 +198,7 @@ def test_buckets_formed_again_leave_nothing_behind() -> None:
 
 
 def is_plain(x: Any) -> bool:
-    return issubclass(type(x), Tensor) and x.device.type == "cpu" and x.layout is torch.strided
+    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.layout is torch.strided
 
 
 class Waits(TorchDispatchMode):

@@ -12,7 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from hina_optim.evaluation import (
     Hadamard,
@@ -444,6 +447,25 @@ def test_weights_that_are_not_finite_spoil_only_themselves():
     named["pair"][0][0, 0] = math.nan
     found = spectra_of_many({"pair": named["pair"], "tall": named["tall"]})
     assert found["pair"] is None and found["tall"].effective_rank == 4
+
+
+def sharded(rank: int, folder: str) -> None:
+    """One of two processes: weights cut by rows, columns, and not evenly."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    named = everything()
+    a, b = (distribute_tensor(x, mesh, [Shard(dim)]) for x, dim in zip(named["pair"], (0, 1), strict=True))
+    cut = {"pair": (a, b), "tall": distribute_tensor(named["tall"], mesh, [Shard(0)])}
+    found = spectra_of_many(cut)
+    for name in cut:
+        assert found[name][:4] == pytest.approx(lora_spectrum(named[name])[:4]), name
+        assert lora_spectrum(cut[name])[:4] == pytest.approx(found[name][:4], rel=1e-6)
+    dist.destroy_process_group()
+
+
+def test_shards_count_as_the_whole(tmp_path):
+    torch.multiprocessing.start_processes(sharded, (str(tmp_path),), nprocs=2, start_method="fork")
 
 
 # -- what it needs -----------------------------------------------------------------------------------------------------

@@ -142,8 +142,8 @@ def test_a_step_that_the_module_skipped_reports_nothing():
     assert 1.0 not in reports and set(reports) == set(LOSSES) - {1.0}
 
 
-def test_nothing_waits_for_the_device():
-    """What is reported is a tensor that the host has not looked at."""
+def test_what_is_reported_is_a_tensor_without_a_graph():
+    """One number that stays where it was computed."""
 
     class Strict(Descent):
         def report_loss(self, loss):

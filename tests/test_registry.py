@@ -253,6 +253,30 @@ def test_text_mappings_and_keywords_add_up_over_a_preset():
     assert (group["lr"], group["warmup_steps"], group["seed"], group["lora_rank_penalty"]) == (1e-4, 7, 3, True)
 
 
+def test_any_optimizer_takes_of_a_profile_what_it_has():
+    optimizer = create_optimizer(
+        "HinaAdamW", small_model(), "lr=1e-3", "use_alora=True", "betas=(0.9,0.99)", "profile=balanced"
+    )
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["verbose"], group["min_8bit_size"]) == (1e-3, True, 4096)
+    group = create_optimizer("HinaAdaptive", small_model(), "profile=quality_optimized", edge_penalty=0.3).param_groups[
+        0
+    ]
+    assert (group["lr"], group["edge_penalty"], group["frequency_penalty"], group["verbose"]) == (1e-3, 0.3, 0.08, True)
+    assert create_optimizer("HinaAdaptive", small_model(), profile=None).param_groups[0]["verbose"] is False
+
+
+def test_a_wrong_profile_names_the_nearest():
+    with pytest.raises(ValueError, match=r"no profile named 'balancd'.* Did you mean 'balanced'\?"):
+        create_optimizer("HinaAdamW", small_model(), "profile=balancd")
+
+
+@pytest.mark.parametrize("name", ["HinaAdaptive", "Automagic_CameAMP_Improved_8Bit"])
+def test_preset_and_profile_together_are_an_error(name):
+    with pytest.raises(ValueError, match=r"preset='image' and profile='balanced' are both given; choose one"):
+        create_optimizer(name, small_model(), "profile=balanced preset=image", lr=1e-4)
+
+
 @pytest.mark.parametrize(
     ("given", "keywords"),
     [

@@ -109,12 +109,12 @@ def test_orthogonal_is_skipped_where_it_means_nothing(case):
 # -- moments ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_adam_with_decay_is_torch_adamw(weight_decay):
+@pytest.mark.parametrize(("weight_decay", "amsgrad"), [(0.0, False), (0.1, False), (0.1, True)])
+def test_adam_with_decay_is_torch_adamw(weight_decay, amsgrad):
     param = draw(2, 6, 4)
-    ours = Training([AdamMoments((0.9, 0.999), 1e-8), DecoupledWeightDecay(weight_decay)], param.clone(), 1e-2)
+    ours = Training([AdamMoments((0.9, 0.999), 1e-8, amsgrad), DecoupledWeightDecay(weight_decay)], param.clone(), 1e-2)
     theirs = param.clone().requires_grad_()
-    optimizer = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=weight_decay, foreach=False)
+    optimizer = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=weight_decay, amsgrad=amsgrad, foreach=False)
     for i in range(50):
         grad = draw(2, 6, 4, seed=i + 1) * 10.0 ** (i % 5 - 3)
         ours.step(grad)

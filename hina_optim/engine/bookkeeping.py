@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hina_optim import arguments as rule
-from hina_optim.engine import population
+from hina_optim.engine import population, sizes
 from hina_optim.engine.bucket import KAHAN, SOLO_NUMEL, Bucket, BucketKey, Member
 from hina_optim.engine.identities import Identities
 from hina_optim.engine.plan import check_recipe
@@ -108,7 +108,8 @@ class Buckets:
         if kind not in bucket.programs:
             # None is eager everywhere: compiling every shape costs minutes, and no measurement yet says where that pays
             bucket.programs[kind] = Program(bucket, measuring, compiled=bool(bucket.group["compile"]))
-        return bucket.programs[kind]
+        program: Program = bucket.programs[kind]
+        return program
 
     def refresh(self, work: Iterable[Bucket]) -> None:
         """Digest what the last step measured, if it measured anything."""
@@ -372,23 +373,9 @@ class Buckets:
             return sum(
                 v.numel() * v.element_size() for s in opt.state.values() for v in s.values() if isinstance(v, Tensor)
             )
-        params = [p for group in opt.param_groups for p in group["params"] if p.requires_grad or p in opt.state]
-        members = self.identities.members(params)
-        zero = self._zero_params([m for _, m in members if not m.state])
-        total = 0
-        recipes: dict[tuple[int, ParamInfo, torch.dtype], tuple[Slot, ...]] = {}
-        for g, m in members:
-            kind = g, m.info, m.param.dtype
-            if kind not in recipes:
-                recipes[kind] = self._recipe(opt.param_groups[g], m.info, m.param.dtype)[1]
-            total += 8  # step and skipped
-            for slot in recipes[kind]:
-                codec = codec_for(slot, Storage.of(opt.param_groups[g], precision), m.param.dtype, m.info.shape)
-                constant = slot.constant and self._is_zero(slot, m, zero)
-                shape = () if constant else slot.local_shape(tuple(m.param.shape))
-                for suffix, dtype in codec.parts.items():
-                    total += int(torch.Size(codec.part_shape(suffix, shape)).numel()) * dtype.itemsize
-        return total
+        return sizes.state_bytes(
+            sizes.kept(opt, [{**group, "state_precision": precision} for group in opt.param_groups])
+        )
 
     def techniques(self, param: Tensor) -> tuple[Technique, ...]:
         """What acts on a parameter: of its bucket, or what its recipe will be."""

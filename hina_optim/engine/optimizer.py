@@ -218,9 +218,12 @@ class HinaOptimizer(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
+            reported = self._loss
             with torch.enable_grad():
                 loss = closure()
-            if isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1):
+            number = type(loss) in (int, float) or (isinstance(loss, Tensor) and loss.numel() == 1)
+            # who reported while the closure ran knows more than its result: of accumulated batches it has the last only
+            if number and self._loss is reported:
                 self.report_loss(loss)
         work = self._buckets.prepare()
         if work:

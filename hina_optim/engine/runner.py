@@ -203,7 +203,8 @@ class Runner:
         assert one is not None and carry is not None  # the guard's segment comes before any other
         shard = cell.bucket.shard
         complete = [
-            v.reshape(v.shape[0], *shard.shape) if shard.is_complete else self.layout.gather(v, shard)
+            # where parameters are sharded every rank takes part, one that happens to have all of this one, too
+            self.layout.gather(v, shard) if self.layout.sharded else v.reshape(v.shape[0], *shard.shape)
             for v in (carry[name] for name in one.whole)
         ]
         result = cell.program.whole_matrix(one, inputs, carry, complete)

@@ -7,6 +7,7 @@ from hina_optim.optimizers.came_amp import (
     Automagic_CameAMP_8bit,
     AutomagicCameAMP,
     AutomagicCameAMP8bit,
+    AutomagicCameAMPLowBit,
 )
 from hina_optim.optimizers.came_amp_config import (
     Improved8BitOptimizerConfig,
@@ -18,6 +19,7 @@ from hina_optim.optimizers.came_amp_improved import (
     Automagic_CameAMP_Improved_8Bit,
     AutomagicCameAMPImproved,
     AutomagicCameAMPImproved8Bit,
+    AutomagicCameAMPImprovedLowBit,
     create_improved_8bit_optimizer,
 )
 from hina_optim.optimizers.came_amp_refactored import (
@@ -30,6 +32,7 @@ from hina_optim.optimizers.coptim import (
     Automagic_CameAMP_COptim8bit,
     AutomagicCameAMPCOptim,
     AutomagicCameAMPCOptim8bit,
+    AutomagicCameAMPCOptimLowBit,
 )
 from hina_optim.optimizers.hina_adamw import HinaAdamW, HinaAdamWOptimizer
 from hina_optim.optimizers.hina_adaptive import HinaAdaptive
@@ -40,8 +43,11 @@ __all__ = [
     "AutomagicCameAMP8bit",
     "AutomagicCameAMPCOptim",
     "AutomagicCameAMPCOptim8bit",
+    "AutomagicCameAMPCOptimLowBit",
     "AutomagicCameAMPImproved",
     "AutomagicCameAMPImproved8Bit",
+    "AutomagicCameAMPImprovedLowBit",
+    "AutomagicCameAMPLowBit",
     "Automagic_CameAMP",
     "Automagic_CameAMP_8Bit",
     "Automagic_CameAMP_8bit",

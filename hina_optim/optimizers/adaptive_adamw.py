@@ -52,6 +52,7 @@ class AdaptiveHinaAdamW(Family):
         use_cautious: bool = True,
         use_orthogonal_grad: bool = False,
         use_adopt_stability: bool = True,
+        amsgrad: bool = False,
         use_grams: bool = False,
         use_agr: bool = True,
         use_tam: bool = True,

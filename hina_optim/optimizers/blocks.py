@@ -114,7 +114,7 @@ def adamw_moments(g: Group) -> list[Technique]:
     tam: list[Technique] = [TorqueAwareMomentum(g["tam_beta"])] if g["use_tam"] else []
     if g["use_adopt_stability"]:
         return [AdoptNormalization(beta2, eps), *tam, Momentum(beta1)]
-    return [*tam, AdamMoments((beta1, beta2), eps)]
+    return [*tam, AdamMoments((beta1, beta2), eps, g["amsgrad"])]
 
 
 def direction(g: Group) -> list[Technique]:

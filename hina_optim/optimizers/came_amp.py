@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from hina_optim import arguments as rule
@@ -23,6 +24,7 @@ from hina_optim.techniques.tam import TorqueAwareMomentum
 __all__ = [
     "AutomagicCameAMP",
     "AutomagicCameAMP8bit",
+    "AutomagicCameAMPLowBit",
     "Automagic_CameAMP",
     "Automagic_CameAMP_8Bit",
     "Automagic_CameAMP_8bit",
@@ -61,7 +63,7 @@ class CameFamily(Family):
         """The phase of the next step: ``early_warmup``, ``late_warmup``, ``stable`` or ``mature``."""
         return blocks.Phases.of(self.param_groups[0]["warmup_steps"]).name(self._global_step())
 
-    def moments(self, g: dict[str, Any], extra: list[Technique] | None = None) -> list[Technique]:
+    def moments(self, g: dict[str, Any], extra: Sequence[Technique] = ()) -> list[Technique]:
         """Factored second moment, clipped and with momentum, over its confidence; ``extra`` follows the momentum."""
         beta1, beta2, beta3 = g["betas"]
         phases = blocks.Phases.of(g["warmup_steps"])
@@ -71,7 +73,7 @@ class CameFamily(Family):
             RmsClip(g["clip_threshold"]),
             *([TorqueAwareMomentum(g["tam_beta"]).during(0, phases.late)] if g["use_tam"] else []),
             Momentum(beta1, g["beta1_decay"], min(beta1, SHORTEST_MEMORY)),
-            *(extra or []),
+            *extra,
             *([Confidence(beta3, g["eps"][1])] if g["came"] else []),
         ]
 
@@ -195,3 +197,5 @@ class Automagic_CameAMP_8bit(Automagic_CameAMP):
 
 AutomagicCameAMP = Automagic_CameAMP
 AutomagicCameAMP8bit = Automagic_CameAMP_8Bit = Automagic_CameAMP_8bit
+#: For hosts that take a name ending in "8bit" for one of bitsandbytes.
+AutomagicCameAMPLowBit = Automagic_CameAMP_8bit

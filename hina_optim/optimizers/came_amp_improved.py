@@ -18,6 +18,7 @@ from hina_optim.techniques.spectrum import Spectrum
 __all__ = [
     "AutomagicCameAMPImproved",
     "AutomagicCameAMPImproved8Bit",
+    "AutomagicCameAMPImprovedLowBit",
     "Automagic_CameAMP_Improved",
     "Automagic_CameAMP_Improved_8Bit",
     "ImprovedFamily",
@@ -252,3 +253,5 @@ def create_improved_8bit_optimizer(
 
 AutomagicCameAMPImproved = Automagic_CameAMP_Improved
 AutomagicCameAMPImproved8Bit = Automagic_CameAMP_Improved_8Bit
+#: For hosts that take a name ending in "8bit" for one of bitsandbytes.
+AutomagicCameAMPImprovedLowBit = Automagic_CameAMP_Improved_8Bit

@@ -117,7 +117,7 @@ class RefactoredAutomagicCameAMP(ImprovedFamily):
         """The user's own."""
         return list(self._regularization)
 
-    def moments(self, g: dict[str, Any], extra: list[Technique] | None = None) -> list[Technique]:
+    def moments(self, g: dict[str, Any], extra: Sequence[Technique] = ()) -> list[Technique]:
         """As in the family, with the user's momentum in place of ours where there is one."""
         chain = super().moments(g, extra)
         if self._momentum is None:

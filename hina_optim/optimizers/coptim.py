@@ -15,6 +15,7 @@ from hina_optim.techniques.multi_scale import MultiScaleMomentum
 __all__ = [
     "AutomagicCameAMPCOptim",
     "AutomagicCameAMPCOptim8bit",
+    "AutomagicCameAMPCOptimLowBit",
     "Automagic_CameAMP_COptim",
     "Automagic_CameAMP_COptim8bit",
 ]
@@ -116,3 +117,5 @@ class Automagic_CameAMP_COptim8bit(Automagic_CameAMP_COptim):
 
 AutomagicCameAMPCOptim = Automagic_CameAMP_COptim
 AutomagicCameAMPCOptim8bit = Automagic_CameAMP_COptim8bit
+#: For hosts that take a name ending in "8bit" for one of bitsandbytes.
+AutomagicCameAMPCOptimLowBit = Automagic_CameAMP_COptim8bit

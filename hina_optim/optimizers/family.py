@@ -45,7 +45,7 @@ class Family(HinaOptimizer, Inspection, AdapterReports):
     #: What ``state_precision=None`` stands for.
     STATE_PRECISION: ClassVar[str] = "fp32"
     #: The class of the argument ``config``, where there is one.
-    CONFIG: ClassVar[type | None] = None
+    CONFIG: ClassVar[type[Any] | None] = None
     REMOVED: ClassVar[dict[str, str]] = {
         "fourier_feature_loss": (
             "An optimizer sees latents' gradients, not images: use edge_suppression=True, or spatial_awareness=True "
@@ -84,6 +84,10 @@ class Family(HinaOptimizer, Inspection, AdapterReports):
             from hina_optim.profiles import profile_arguments
 
             base = {**base, **profile_arguments(profile)}
+        defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items() if name != "params"}
+        if base and defaults.keys() <= given.keys() | {"config", "profile"}:
+            # LightningCLI spells every default out: those were not meant to override anything
+            given = {name: value for name, value in given.items() if name == "params" or value != defaults[name]}
         expanded = {**base, **given}
         if expanded.get("state_precision") is None:
             lower = expanded.get("reduce_precision", False) and cls.STATE_PRECISION == "fp32"
@@ -119,6 +123,11 @@ class Family(HinaOptimizer, Inspection, AdapterReports):
     def check_group(self, group: dict[str, Any]) -> None:
         """Every option by its rule; then those that must fit together."""
         super().check_group(group)
+        if group.get("amsgrad") and group.get("use_adopt_stability"):
+            raise ValueError(
+                f"{type(self).__name__}: amsgrad=True is about Adam's second moment, and ADOPT is on: set "
+                "use_adopt_stability=False, or leave amsgrad out."
+            )
         if not group.get("use_lr_mask", False):
             return
         owner = type(self).__name__

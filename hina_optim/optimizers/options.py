@@ -77,6 +77,9 @@ OPTIONS: dict[str, Option] = {
         rule.FLAG, "Remove the component of the gradient along the weights, and keep its norm."
     ),
     "use_adopt_stability": Option(rule.FLAG, "ADOPT. False: Adam moments."),
+    "amsgrad": Option(
+        rule.FLAG, "Adam moments only: never let the denominator shrink. Keeps one more tensor, in fp32."
+    ),
     "use_tam": Option(rule.FLAG, "Torque-aware momentum: damp what enters the moment when it turns against it."),
     "tam_beta": Option(rule.BELOW_ONE, "Decay a step of its smoothed cosine, in [0, 1)."),
     "use_cautious": Option(

@@ -21,6 +21,8 @@ from hina_optim.state.codebooks import CELL_BITS, Tables, dynamic_tables, log_ta
 
 __all__ = ["BlockCodec", "LogCodec", "SignCodec"]
 
+#: The lowest level of the signed map.
+LOWEST = -0.992968738079071
 #: A scale below this counts as this one where it is divided by: its reciprocal must be finite.
 SMALLEST_SCALE = 1e-38
 
@@ -147,7 +149,9 @@ class BlockCodec:
     def encode(self, value: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
         """Scales and codes; ``noise`` only if :attr:`stochastic`: without it, the nearest level is taken."""
         lines = _lines(value).to(torch.float32)
-        scale = _peaks(lines, self.block)
+        # an average that is stored again and again must not lose the 0.7 % by which the lowest level falls short of -1
+        lean = self.signed and noise is not None
+        scale = _peaks(torch.maximum(lines, lines / LOWEST) if lean else lines, self.block)
         unit = _times(lines, 1 / scale.clamp(min=SMALLEST_SCALE), self.block)
         bits = unit.view(torch.int32)
         key = (bits >> 31).bitwise_xor_(bits)

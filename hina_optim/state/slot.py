@@ -7,7 +7,7 @@ from typing import Literal
 
 Init = float | Literal["param", "start_lr"]
 Precision = Literal["state", "fp32", "param", "int8"]
-#: ``(low, start, high)``: levels at equal ratios between the ends, with the first value among them.
+#: ``(low, start, high)``: levels between the ends, the denser the smaller, with the first value among them.
 Levels = tuple[float, float, float]
 
 
@@ -24,8 +24,8 @@ class Slot:
         precision: Lowest precision that the technique tolerates. ``"state"`` follows the user's ``state_precision``;
             ``"fp32"`` never goes lower; ``"param"`` is the parameter's own dtype (exact for a copy of the weights);
             ``"int8"`` holds small integers exactly.
-        code: How 8 bits hold it: ``"signed"`` or ``"unsigned"`` values in blocks with a scale, or fixed levels; None for
-            what needs 16 bits.
+        code: How 8 bits hold it: ``"signed"`` or ``"unsigned"`` values in blocks with a scale, or fixed levels; None
+            for what needs 16 bits.
         slow: True if one step changes it by less than 8 bits tell apart: then they are rounded stochastically.
         constant: If True, a parameter whose first value is zero everywhere keeps one zero instead of a full tensor.
             Only for state that never changes (an anchor).

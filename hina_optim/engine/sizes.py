@@ -1,0 +1,168 @@
+"""How large optimizer state is before there is any: names, dtypes and bytes, from shapes alone.
+
+The numbers come from the recipes and codecs that the state itself is made with, so they are exact. What cannot be known
+without the weights is which of them are zero everywhere: an anchor at zero is one number.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hina_optim.engine.runner import CPU_CHUNK, FOLD, GRAIN, LIVE_VALUES
+from hina_optim.state.precision import Storage, codec_for, compute_dtype
+from hina_optim.state.slot import Slot
+from hina_optim.techniques.base import ParamInfo, Technique
+
+if TYPE_CHECKING:
+    from hina_optim.engine.optimizer import HinaOptimizer
+
+__all__ = ["Kept", "Part", "kept", "state_bytes", "temporary_bytes", "zero_positions"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor of a parameter's state: its name, dtype and bytes."""
+
+    name: str
+    dtype: torch.dtype
+    nbytes: int
+
+
+#: ``step`` on the host and ``skipped`` on the device.
+COUNTERS = (Part("step", torch.float32, 4), Part("skipped", torch.float32, 4))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an optimizer keeps for one parameter, wherever its elements lie.
+
+    Attributes:
+        param: The parameter.
+        group: Index of its group.
+        options: The group's options.
+        info: What the parameter is; its global shape.
+        dtype: What the optimizer sees of it.
+        chain: The techniques that act on it.
+        slots: Their state.
+        zero: Whether it is known to be zero everywhere.
+    """
+
+    param: Tensor
+    group: int
+    options: dict[str, Any]
+    info: ParamInfo
+    dtype: torch.dtype
+    chain: tuple[Technique, ...]
+    slots: tuple[Slot, ...]
+    zero: bool
+
+    def parts(self, local_shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """The stored tensors of a shard of this local shape."""
+        return _parts(self.slots, Storage.of(self.options), self.dtype, self.info.shape, local_shape, self.zero)
+
+
+@lru_cache(maxsize=65536)
+def _parts(
+    slots: tuple[Slot, ...],
+    storage: Storage,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    local_shape: tuple[int, ...],
+    zero: bool,
+) -> tuple[Part, ...]:
+    found = []
+    for slot in slots:
+        codec = codec_for(slot, storage, dtype, shape)
+        local = () if slot.constant and zero and local_shape else slot.local_shape(local_shape)
+        for suffix, kind in codec.parts.items():
+            numel = torch.Size(codec.part_shape(suffix, local)).numel()
+            found.append(Part(slot.name + suffix, kind, int(numel) * kind.itemsize))
+    return (*found, *COUNTERS)
+
+
+def zero_positions(params: Iterable[tuple[int, Tensor]]) -> set[int]:
+    """Which of some ``(position, parameter)`` are zero everywhere; what is on the meta device counts as not."""
+    seen = [(position, p.detach().any().cpu()) for position, p in params if p.device.type != "meta"]
+    if not seen:
+        return set()
+    some = torch.stack([x for _, x in seen]).tolist()
+    return {position for (position, _), x in zip(seen, some, strict=True) if not x}
+
+
+def kept(
+    optimizer: HinaOptimizer,
+    groups: Sequence[dict[str, Any]] | None = None,
+    zero: Collection[int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[Kept]:
+    """What an optimizer keeps, or would keep, for every parameter that is trained.
+
+    Args:
+        optimizer: With or without state.
+        groups: Options in the place of those of its groups. None: its own.
+        zero: Positions of the parameters that are zero everywhere. None: the weights of those without state are looked
+            at, on all ranks.
+        dtype: In the place of that of all parameters.
+    """
+    buckets = optimizer._buckets
+    groups = optimizer.param_groups if groups is None else groups
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad or p in optimizer.state]
+    members = buckets.identities.members(params)
+    if zero is None:
+        zero = buckets._zero_params([m for _, m in members if not m.state])
+    recipes: dict[tuple[int, ParamInfo, torch.dtype], tuple[tuple[Technique, ...], tuple[Slot, ...]]] = {}
+    found = []
+    for g, m in members:
+        seen_as = dtype or m.param.dtype
+        kind = g, m.info, seen_as
+        if kind not in recipes:
+            recipes[kind] = buckets._recipe(groups[g], m.info, seen_as)
+        chain, slots = recipes[kind]
+        anchors = [slot for slot in slots if slot.constant]
+        is_zero = any(buckets._is_zero(slot, m, set(zero)) for slot in anchors)
+        found.append(Kept(m.param, g, groups[g], m.info, seen_as, chain, slots, is_zero))
+    return found
+
+
+def state_bytes(every: Iterable[Kept]) -> int:
+    """Bytes of the state of all these parameters as they lie here."""
+    return sum(part.nbytes for one in every for part in one.parts(tuple(one.param.shape)))
+
+
+def temporary_bytes(every: Sequence[Kept], local_shapes: Sequence[tuple[int, ...]]) -> int:
+    """The engine's bound on the temporary memory of a step (gathered matrices aside).
+
+    Args:
+        every: All parameters.
+        local_shapes: What of each of them is here.
+    """
+    if not every:
+        return 0
+    budget = min(int(one.options["max_buffer_memory_mb"] * 1e6) for one in every)
+    alike: Counter[tuple[int, ParamInfo, tuple[int, ...]]] = Counter()
+    of: dict[tuple[int, ParamInfo, tuple[int, ...]], Kept] = {}
+    for one, shape in zip(every, local_shapes, strict=True):
+        key = one.group, one.info, shape
+        alike[key] += 1
+        of[key] = one
+    return max(_live_bytes(of[key], key[2], count, budget) for key, count in alike.items())
+
+
+def _live_bytes(one: Kept, shape: tuple[int, ...], count: int, budget: int) -> int:
+    """What a step over ``count`` parameters of one bucket holds at once."""
+    numel = int(torch.Size(shape).numel())
+    each = LIVE_VALUES * compute_dtype(one.dtype).itemsize
+    limit = max(GRAIN, budget // each // GRAIN * GRAIN)
+    if one.param.device.type == "cpu" and not one.options["compile"]:
+        limit = min(limit, CPU_CHUNK)
+    if any(technique.whole for technique in one.chain):
+        return each * max(numel, min(limit, count * numel))
+    row = numel // shape[0] if len(shape) > 1 and shape[0] else 1
+    return each * min(count * numel, max(limit, min(numel, row * FOLD)))
