@@ -50,6 +50,7 @@ def configure_optimizers(
     warmup: int | float = 0,
     lr_multipliers: Mapping[str, float] | None = None,
     lora_ratio: float | None = None,
+    roles: Mapping[str, float] | None = None,
     total_steps: int | None = None,
     end_factor: float = 0.0,
     name: str = "lr",
@@ -80,6 +81,8 @@ def configure_optimizers(
             ``min_lr``, ``max_lr`` and ``lr_bump`` where the optimizer has them.
         lora_ratio: LoRA+: learning rate of every adapter's B over that of A. Not beside the ``alora_ratio`` of an
             optimizer that has one.
+        roles: ``{role: factor}`` for the learning rate of all parameters of an adapter role, or of all that begin like
+            it (``"lokr_w2"``, ``"loha"``); see :data:`hina_optim.adapters.ROLES`. Each gets a group of its own.
         total_steps: Optimizer steps of the whole training. None: ``module.trainer.estimated_stepping_batches``.
         end_factor: Share of the learning rate at which a cosine or linear schedule ends, in [0, 1].
         name: Name of the schedule in ``LearningRateMonitor``, which logs ``<name>/<group>``. Give each of several
@@ -122,7 +125,7 @@ def configure_optimizers(
         rule.check(_OWNER, "lr", lr, rule.NON_NEGATIVE)
 
     build = _builder(optimizer, preset, lr, weight_decay, arguments)
-    groups = group_parameters(module, lr_multipliers=lr_multipliers, lora_ratio=lora_ratio)
+    groups = group_parameters(module, lr_multipliers=lr_multipliers, lora_ratio=lora_ratio, roles=roles)
     built = build(_options(groups, build, lr, weight_decay))
     if lora_ratio is not None:
         _refuse_second_ratio(built, lora_ratio)

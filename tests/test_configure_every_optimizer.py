@@ -154,3 +154,15 @@ def test_lora_plus_is_done_once():
 def test_a_rate_that_nobody_gives_is_an_error(name):
     with pytest.raises(ValueError, match="give lr"):
         groups(name)
+
+
+def test_roles_get_groups_and_rates_of_their_own() -> None:
+    """A role that is asked for is there, with its factor; one that matches nothing is an error."""
+    module = nn.Module()
+    module.lokr_w1 = nn.Parameter(torch.randn(2, 2))
+    module.lokr_w2_a, module.lokr_w2_b = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.zeros(2, 4))
+    built = configure_optimizers(module, "HinaAdamW", lr=1e-3, roles={"lokr_w2": 4.0}, schedule=None, alora_ratio=1.0)
+    groups = {g["name"]: (g["lr"], len(g["params"])) for g in built["optimizer"].param_groups}
+    assert sorted(groups.values()) == [(1e-3, 1), (4e-3, 2)], groups
+    with pytest.raises(ValueError, match="loha"):
+        configure_optimizers(module, "HinaAdamW", lr=1e-3, roles={"loha": 2.0}, schedule=None)

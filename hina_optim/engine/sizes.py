@@ -117,6 +117,7 @@ def kept(
     members = buckets.identities.members(params)
     if zero is None:
         zero = buckets._zero_params([m for _, m in members if not m.state])
+    known = set(zero)
     recipes: dict[tuple[int, ParamInfo, torch.dtype], tuple[tuple[Technique, ...], tuple[Slot, ...]]] = {}
     found = []
     for g, m in members:
@@ -126,7 +127,7 @@ def kept(
             recipes[kind] = buckets._recipe(groups[g], m.info, seen_as)
         chain, slots = recipes[kind]
         anchors = [slot for slot in slots if slot.constant]
-        is_zero = any(buckets._is_zero(slot, m, set(zero)) for slot in anchors)
+        is_zero = any(buckets._is_zero(slot, m, known) for slot in anchors)
         found.append(Kept(m.param, g, groups[g], m.info, seen_as, chain, slots, is_zero))
     return found
 
@@ -163,6 +164,10 @@ def _live_bytes(one: Kept, shape: tuple[int, ...], count: int, budget: int) -> i
     if one.param.device.type == "cpu" and not one.options["compile"]:
         limit = min(limit, CPU_CHUNK)
     if any(technique.whole for technique in one.chain):
+        return each * max(numel, min(limit, count * numel))
+    if len(shape) == 1 and any(
+        codec_for(slot, Storage.of(one.options), one.dtype, one.info.shape).by_rows for slot in one.slots
+    ):
         return each * max(numel, min(limit, count * numel))
     row = numel // shape[0] if len(shape) > 1 and shape[0] else 1
     return each * min(count * numel, max(limit, min(numel, row * FOLD)))

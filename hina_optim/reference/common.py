@@ -146,7 +146,7 @@ class Reference(Population, ABC):
         context = LossHistory(group["context_window"], group["adaptation_rate"], CONTEXT_BOUNDS)
         mask = torch.full_like(param, group["start_lr"])
         none = Factors([], [])
-        return ParameterState(param.clone(), zero, zero, zero, none, mask, zero, zero, zero, context)
+        return ParameterState(param.clone(), zero, zero, zero, zero, none, mask, zero, zero, zero, context)
 
     # -- rules of both families ----------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ class ParameterState:
         anchor: Weights when the first gradient came.
         exp_avg: First moment.
         exp_avg_sq: Second moment, as one number an element or as factors.
+        largest: The largest second moment so far.
         exp_avg_long: First moment with a long memory.
         residual: Squared deviations of gradients from the first moment, as factors.
         scales: Running means on several time scales, by scale.
@@ -59,6 +60,7 @@ class ParameterState:
     anchor: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor | Factors
+    largest: Tensor
     exp_avg_long: Tensor
     residual: Factors
     lr_mask: Tensor
