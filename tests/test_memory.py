@@ -20,7 +20,8 @@ from hina_optim.memory import (
     probe_for,
     used_bytes,
 )
-from hina_optim.memory.ladder import ReleaseScratch, Rung, as_size
+from hina_optim.memory import as_size
+from hina_optim.memory.ladder import ReleaseScratch, Rung
 from hina_optim.memory.probes import GIB
 
 TINY = 1e-9

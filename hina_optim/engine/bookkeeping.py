@@ -366,6 +366,16 @@ class Buckets:
             options = tuple(v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "name"))
             self._options[g] = group, options
 
+    def change(self, changes: Sequence[Mapping[str, Any]]) -> None:
+        """Set options of the groups, a mapping for each, and bring all state in line with them now."""
+        opt = self._optimizer
+        self._check_options()
+        self.ensure([p for _, _, p in self.identities.places() if opt.state.get(p)])
+        for group, options in zip(opt.param_groups, changes, strict=True):
+            group.update(options)
+        self._check_options()
+        self._form_waiting()
+
     def state_bytes(self, precision: str | None) -> int:
         """Bytes of state held, or what all trainable parameters would hold in ``precision``."""
         opt = self._optimizer

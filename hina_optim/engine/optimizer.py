@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -326,6 +326,22 @@ class HinaOptimizer(torch.optim.Optimizer):
             self._buckets.convert(precision)
         self.defaults["state_precision"] = precision
         return before - self.state_bytes()
+
+    def change_options(self, changes: Sequence[Mapping[str, Any]]) -> None:
+        """Set options of the groups, and convert the state that exists now, not at the next step.
+
+        State of a technique that is switched off is dropped; one that is switched on begins afresh.
+
+        Args:
+            changes: One mapping for each group; empty for one that stays as it is.
+
+        Raises:
+            ValueError: An option is not what it must be. Nothing has changed then.
+        """
+        for group, options in zip(self.param_groups, changes, strict=True):
+            self.check_group({**group, **options})
+        with torch.no_grad():
+            self._buckets.change(changes)
 
     def scratch_bytes(self) -> int:
         """Bytes of temporary memory that the engine keeps between steps: none, they live inside a step only."""

@@ -7,9 +7,8 @@ without the weights is which of them are zero everywhere: an anchor at zero is o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +51,7 @@ class Kept:
         chain: The techniques that act on it.
         slots: Their state.
         zero: Whether it is known to be zero everywhere.
+        known: What was asked before, of all parameters of its kind.
     """
 
     param: Tensor
@@ -62,29 +62,21 @@ class Kept:
     chain: tuple[Technique, ...]
     slots: tuple[Slot, ...]
     zero: bool
+    known: dict[tuple[int, ...], tuple[Part, ...]] = field(repr=False, compare=False)
 
     def parts(self, local_shape: tuple[int, ...]) -> tuple[Part, ...]:
         """The stored tensors of a shard of this local shape."""
-        return _parts(self.slots, Storage.of(self.options), self.dtype, self.info.shape, local_shape, self.zero)
+        if local_shape not in self.known:
+            self.known[local_shape] = (*self._parts(local_shape), *COUNTERS)
+        return self.known[local_shape]
 
-
-@lru_cache(maxsize=65536)
-def _parts(
-    slots: tuple[Slot, ...],
-    storage: Storage,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    local_shape: tuple[int, ...],
-    zero: bool,
-) -> tuple[Part, ...]:
-    found = []
-    for slot in slots:
-        codec = codec_for(slot, storage, dtype, shape)
-        local = () if slot.constant and zero and local_shape else slot.local_shape(local_shape)
-        for suffix, kind in codec.parts.items():
-            numel = torch.Size(codec.part_shape(suffix, local)).numel()
-            found.append(Part(slot.name + suffix, kind, int(numel) * kind.itemsize))
-    return (*found, *COUNTERS)
+    def _parts(self, local_shape: tuple[int, ...]) -> Iterator[Part]:
+        for slot in self.slots:
+            codec = codec_for(slot, Storage.of(self.options), self.dtype, self.info.shape)
+            shape = () if slot.constant and self.zero and local_shape else slot.local_shape(local_shape)
+            for suffix, kind in codec.parts.items():
+                numel = torch.Size(codec.part_shape(suffix, shape)).numel()
+                yield Part(slot.name + suffix, kind, int(numel) * kind.itemsize)
 
 
 def zero_positions(params: Iterable[tuple[int, Tensor]]) -> set[int]:
@@ -117,8 +109,9 @@ def kept(
     members = buckets.identities.members(params)
     if zero is None:
         zero = buckets._zero_params([m for _, m in members if not m.state])
-    known = set(zero)
+    empty = set(zero)
     recipes: dict[tuple[int, ParamInfo, torch.dtype], tuple[tuple[Technique, ...], tuple[Slot, ...]]] = {}
+    known: dict[Any, dict[tuple[int, ...], tuple[Part, ...]]] = {}
     found = []
     for g, m in members:
         seen_as = dtype or m.param.dtype
@@ -127,8 +120,9 @@ def kept(
             recipes[kind] = buckets._recipe(groups[g], m.info, seen_as)
         chain, slots = recipes[kind]
         anchors = [slot for slot in slots if slot.constant]
-        is_zero = any(buckets._is_zero(slot, m, known) for slot in anchors)
-        found.append(Kept(m.param, g, groups[g], m.info, seen_as, chain, slots, is_zero))
+        is_zero = any(buckets._is_zero(slot, m, empty) for slot in anchors)
+        of_kind = known.setdefault((*kind, is_zero), {})
+        found.append(Kept(m.param, g, groups[g], m.info, seen_as, chain, slots, is_zero, of_kind))
     return found
 
 

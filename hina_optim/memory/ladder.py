@@ -1,63 +1,45 @@
 """What an optimizer gives up for memory, one rung after another, the one that costs least quality first.
 
-A rung says how many bytes it will save before it acts, and the ladder measures how many it did save. New ways to save
-(anchors on the host, 8-bit moments, 8-bit masks, moments and masks on the host, simplifications) are further rungs:
-subclass :class:`Rung` and put it at its place in :data:`LADDER`.
+A rung says how many bytes it will save before it acts, and the ladder measures how many it did save. With several
+processes all do what one of them has to, and every step that changes options can be taken back (:func:`relax_vram`).
+New ways to save are further rungs: subclass :class:`Rung`, or :class:`Change`, and put it at its place in
+:data:`LADDER`.
 """
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Protocol, TypedDict
-
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypedDict
 
 from hina_optim import arguments as rule
+from hina_optim.engine import sizes
+from hina_optim.memory.account import Saver, any_rank, as_size, parameter_bytes, gradient_bytes, largest_state, used_bytes
 from hina_optim.memory.probes import GIB
+from hina_optim.state.precision import PRECISIONS
 
 __all__ = [
+    "GIVEN_UP",
     "LADDER",
     "Action",
+    "Change",
     "Rung",
-    "Saver",
     "VramReport",
-    "as_size",
     "optimize_for_vram",
     "plan_for_vram",
+    "relax_vram",
     "used_bytes",
 ]
 
 logger = logging.getLogger("hina_optim")
 
-
-class Saver(Protocol):
-    """What the ladder needs of an optimizer."""
-
-    param_groups: list[dict[str, Any]]
-
-    @property
-    def state(self) -> Any:
-        """``{parameter: {name: tensor}}``."""
-
-    def state_bytes(self, precision: str | None = None) -> int:
-        """Bytes of state held now; with a precision, of all state that there will be, if stored in that one."""
-
-    def set_state_precision(self, precision: str) -> int:
-        """Convert the state that exists, and keep what is yet to come in this precision."""
-
-    def scratch_bytes(self) -> int:
-        """Bytes that the engine holds between steps for its own use."""
-
-    def release_scratch(self) -> int:
-        """Give them back; returns how many there were."""
+#: Option of a group: what the ladder changed, as it was before, so that it can be taken back, also after a resume.
+GIVEN_UP = "given_up"
 
 
 class Action(TypedDict):
-    """One rung that was taken, or that a plan would take."""
+    """One rung that was taken, or that a plan would take; ``bytes_saved`` is negative for one that was taken back."""
 
     rung: str
     bytes_predicted: int
@@ -68,8 +50,9 @@ class Action(TypedDict):
 class VramReport(TypedDict):
     """What :func:`optimize_for_vram` did, or what :func:`plan_for_vram` expects.
 
-    ``bytes_saved`` of an action is measured; in a plan it is 0 and ``used_bytes_after`` is a prediction. ``message``
-    says what a reader must know, and is empty where there is nothing to say.
+    ``bytes_saved`` of an action is measured; in a plan it is 0 and ``used_bytes_after`` is a prediction. Bytes are those
+    of this rank, ``reached`` is whether all of them are within the target. ``message`` says what a reader must know, and
+    is empty where there is nothing to say.
     """
 
     target_vram_gb: float
@@ -89,8 +72,8 @@ class Rung(ABC):
         cost: What is paid for the bytes, in words.
     """
 
-    name: ClassVar[str]
-    cost: ClassVar[str]
+    name: str
+    cost: str
 
     @abstractmethod
     def applicable(self, optimizer: Saver) -> bool:
@@ -98,11 +81,11 @@ class Rung(ABC):
 
     @abstractmethod
     def predict(self, optimizer: Saver) -> int:
-        """Bytes that it would save, as the optimizer stands. Changes nothing."""
+        """Bytes that it would save here, as the optimizer stands. Changes nothing."""
 
     @abstractmethod
     def act(self, optimizer: Saver) -> None:
-        """Save them."""
+        """Save them. Called on all ranks when one has to, also where there is nothing to save."""
 
     def apply(self, optimizer: Saver) -> int:
         """Save them, and return how many bytes were saved: :func:`used_bytes` before less after."""
@@ -130,34 +113,90 @@ class ReleaseScratch(Rung):
         optimizer.release_scratch()
 
 
-class StateToBf16(Rung):
-    """Store in bf16 what is stored in fp32, where the technique that keeps it tolerates that."""
+class Change(Rung):
+    """A rung that saves by other options of the groups; its prediction is exact."""
 
-    name = "bf16"
-    cost = "state keeps 8 significant bits instead of 24, rounded stochastically"
+    @abstractmethod
+    def options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The options that it changes in a group; none if there is nothing to change, or it is not allowed."""
+
+    @abstractmethod
+    def restored(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The options that take it back, as far as the ladder has gone beyond what the user chose."""
 
     def applicable(self, optimizer: Saver) -> bool:
-        """Whether any group still keeps fp32."""
-        return any(group["state_precision"] == "fp32" for group in optimizer.param_groups)
+        """Whether any group has such options."""
+        return any(self.options(group) for group in optimizer.param_groups)
 
     def predict(self, optimizer: Saver) -> int:
-        """All state in fp32 less all state in bf16; exact once every trainable parameter has its state."""
-        return optimizer.state_bytes(precision="fp32") - optimizer.state_bytes(precision="bf16")
+        """Bytes of state now, less bytes then."""
+        return -_growth(optimizer, [self.options(group) for group in optimizer.param_groups])
 
     def act(self, optimizer: Saver) -> None:
-        """Convert."""
-        optimizer.set_state_precision("bf16")
+        """Convert the state, and remember how it was."""
+        _change(optimizer, [self.options(group) for group in optimizer.param_groups])
+
+
+class StateTo(Change):
+    """Store in a lower precision what is stored in a higher one, where the technique that keeps it tolerates that."""
+
+    def __init__(self, precision: str, cost: str) -> None:
+        self.name = self.precision = precision
+        self.cost = cost
+        self.level = PRECISIONS.index(precision)
+
+    def options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The precision, for a group in a higher one."""
+        here = PRECISIONS.index(group["state_precision"])
+        return {"state_precision": self.precision} if here < self.level else {}
+
+    def restored(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The next higher precision, for a group that was built with one."""
+        first = group.get(GIVEN_UP, {}).get("state_precision", group["state_precision"])
+        lowered = group["state_precision"] == self.precision and PRECISIONS.index(first) < self.level
+        return {"state_precision": PRECISIONS[self.level - 1]} if lowered else {}
+
+
+class SwitchOff(Change):
+    """Do without an optional technique that keeps state. Only where ``emergency_simplify`` allows it."""
+
+    def __init__(self, option: str, cost: str) -> None:
+        self.name = f"{option}=False"
+        self.option = option
+        self.cost = cost
+
+    def options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Off, where it is on and may be switched off."""
+        allowed = group.get("adaptive_features", False) and group.get("emergency_simplify", False)
+        return {self.option: False} if allowed and group.get(self.option) is True else {}
+
+    def restored(self, group: dict[str, Any]) -> dict[str, Any]:
+        """On again, where it was."""
+        was_on = group.get(GIVEN_UP, {}).get(self.option) is True
+        return {self.option: True} if was_on and group[self.option] is False else {}
 
 
 #: All rungs, the cheapest in quality first. A walk takes them in this order and stops as soon as the target is reached.
-LADDER: tuple[Rung, ...] = (ReleaseScratch(), StateToBf16())
+LADDER: tuple[Rung, ...] = (
+    ReleaseScratch(),
+    StateTo("bf16", "state keeps 8 significant bits instead of 24, rounded stochastically"),
+    StateTo("8bit", "moments keep 8 bits with a scale for each 256, masks 256 levels; what has no code stays as it is"),
+    SwitchOff("use_dynamic_adaptation", "parameters no longer get learning rate for their importance"),
+    SwitchOff("enable_dual_momentum", "no long momentum"),
+    SwitchOff("use_spd", "weights are no longer drawn back to where they began; that place is forgotten"),
+    SwitchOff("use_lr_mask", "one learning rate for all elements; what the mask learned is forgotten"),
+)
 
 
 def optimize_for_vram(optimizer: Saver, target_vram_gb: float, ladder: Sequence[Rung] = LADDER) -> VramReport:
     """Give memory back until at most ``target_vram_gb`` is in use, and no further.
 
-    Existing state is converted; momentum and all that was learned is kept. Every action is logged at level INFO by the
-    logger ``hina_optim``, with its bytes; a target that cannot be reached at level WARNING, with what else could help.
+    Existing state is converted; momentum and all that was learned is kept. Techniques are switched off last, and only
+    in groups whose ``adaptive_features`` and ``emergency_simplify`` are both True. Every action is logged by the logger
+    ``hina_optim``, with its bytes: at level INFO, at level WARNING where a technique is switched off. So is a target
+    that cannot be reached, with what else could help.
+
+    With several processes every one must call it: the fullest decides, and all take the same rungs.
 
     Args:
         optimizer: Changed in place. Nothing happens if it was built with ``memory_efficient=False``.
@@ -171,111 +210,160 @@ def optimize_for_vram(optimizer: Saver, target_vram_gb: float, ladder: Sequence[
 
 
 def plan_for_vram(optimizer: Saver, target_vram_gb: float, ladder: Sequence[Rung] = LADDER) -> VramReport:
-    """What :func:`optimize_for_vram` would do; changes nothing and logs nothing."""
+    """What :func:`optimize_for_vram` would do if it were for this rank alone; changes nothing and logs nothing."""
     return _walk(optimizer, target_vram_gb, ladder, dry_run=True)
 
 
-def used_bytes(optimizer: Saver) -> int:
-    """Memory in use that counts against a target.
+def relax_vram(optimizer: Saver, budget_gb: float, ladder: Sequence[Rung] = LADDER) -> VramReport:
+    """Take back what the ladder did, the last first, as long as all stays within a budget.
 
-    With parameters on CUDA devices: what PyTorch has allocated on the fullest of them, whoever asked for it. Elsewhere:
-    what the optimizer can see, which is parameters, gradients, state and its scratch. Before the first step the state
-    that it will allocate is counted already, so that a target can be met before training begins.
+    Never beyond what the user chose. State goes on from its present values: what bits were lost stays lost, and a
+    technique that is switched on again begins afresh. With several processes every one must call it.
+
+    Args:
+        optimizer: Changed in place.
+        budget_gb: GiB that :func:`used_bytes` may come up to.
+        ladder: The rungs that were taken.
+
+    Returns:
+        As :func:`optimize_for_vram`; bytes saved are negative. ``reached`` is whether all is as the user chose it.
+
+    Raises:
+        ValueError: The budget is not a finite number > 0.
     """
-    state = optimizer.state_bytes()
-    pending = 0
-    if not state:
-        pending = max(optimizer.state_bytes(p) for p in {group["state_precision"] for group in optimizer.param_groups})
-    devices = {p.device for p in _parameters(optimizer) if p.is_cuda}
-    if devices:
-        return max(torch.cuda.memory_allocated(device) for device in devices) + pending
-    return _parameter_bytes(optimizer) + _gradient_bytes(optimizer) + state + pending + optimizer.scratch_bytes()
-
-
-def as_size(number: int) -> str:
-    """Bytes as a person reads them: ``"1.50 GiB"``, ``"12.3 MiB"``, ``"640 bytes"``."""
-    for unit, size in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if abs(number) >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number} bytes"
+    rule.check("relax_vram", "budget_gb", budget_gb, rule.POSITIVE)
+    budget = int(budget_gb * GIB)
+    before = used = used_bytes(optimizer)
+    actions: list[Action] = []
+    for rung in [rung for rung in reversed(ladder) if isinstance(rung, Change)]:
+        changes = [rung.restored(group) for group in optimizer.param_groups]
+        if not any(changes):
+            continue
+        growth = _growth(optimizer, changes)
+        if any_rank(optimizer, used + growth > budget):
+            break
+        _change(optimizer, changes)
+        saved, used = used - used_bytes(optimizer), used_bytes(optimizer)
+        actions.append(Action(rung=rung.name, bytes_predicted=-growth, bytes_saved=saved, cost=""))
+        logger.info("relax_vram: took %s back for %s (%d bytes).", rung.name, as_size(-saved), -saved)
+    left = any(group.get(GIVEN_UP) for group in optimizer.param_groups)
+    return VramReport(
+        target_vram_gb=float(budget_gb),
+        used_bytes_before=before,
+        used_bytes_after=used,
+        reached=not left,
+        actions=actions,
+        dry_run=False,
+        message="There is no room for more." if left else "",
+    )
 
 
 def _walk(optimizer: Saver, target_vram_gb: float, ladder: Sequence[Rung], dry_run: bool) -> VramReport:
     rule.check("plan_for_vram" if dry_run else "optimize_for_vram", "target_vram_gb", target_vram_gb, rule.POSITIVE)
     target = int(target_vram_gb * GIB)
     before = used = used_bytes(optimizer)
+    if dry_run:
+        return _report(optimizer, target_vram_gb, before, *_foresee(optimizer, before, target, ladder), dry_run=True)
     actions: list[Action] = []
-    message = ""
     enabled = all(group.get("memory_efficient", True) for group in optimizer.param_groups)
+    for rung in ladder if enabled else ():
+        if not any_rank(optimizer, used > target):
+            break
+        predicted = rung.predict(optimizer) if rung.applicable(optimizer) else 0
+        if not any_rank(optimizer, predicted > 0):
+            continue
+        saved = rung.apply(optimizer)
+        used = used_bytes(optimizer)
+        actions.append(Action(rung=rung.name, bytes_predicted=predicted, bytes_saved=saved, cost=rung.cost))
+        logger.log(
+            logging.WARNING if isinstance(rung, SwitchOff) else logging.INFO,
+            "optimize_for_vram: %s saved %s (%d bytes; predicted %d). Cost: %s.",
+            rung.name, as_size(saved), saved, predicted, rung.cost,
+        )  # fmt: skip
+    reached = not any_rank(optimizer, used > target)
+    report = _report(optimizer, target_vram_gb, before, used, actions, reached)
+    if report["message"]:
+        logger.log(logging.WARNING if enabled else logging.INFO, "optimize_for_vram: %s", report["message"])
+    return report
+
+
+def _foresee(
+    optimizer: Saver, used: int, target: int, ladder: Sequence[Rung]
+) -> tuple[int, list[Action], bool]:
+    """What a walk would come to: bytes in use after it, its actions, and whether the target is reached."""
+    actions: list[Action] = []
+    enabled = all(group.get("memory_efficient", True) for group in optimizer.param_groups)
+    changes: list[dict[str, Any]] = [{} for _ in optimizer.param_groups]
+    state = _growth(optimizer, changes)
     for rung in ladder if enabled else ():
         if used <= target:
             break
-        if not rung.applicable(optimizer):
-            continue
-        predicted = rung.predict(optimizer)
-        if predicted <= 0:
-            continue
-        saved = 0 if dry_run else rung.apply(optimizer)
-        used = used - predicted if dry_run else used_bytes(optimizer)
-        actions.append(Action(rung=rung.name, bytes_predicted=predicted, bytes_saved=saved, cost=rung.cost))
-        if not dry_run:
-            logger.info(
-                "optimize_for_vram: %s saved %s (%d bytes; predicted %d). Cost: %s.",
-                rung.name, as_size(saved), saved, predicted, rung.cost,
-            )  # fmt: skip
+        ahead = changes
+        if isinstance(rung, Change):
+            groups = [{**group, **change} for group, change in zip(optimizer.param_groups, changes, strict=True)]
+            ahead = [{**c, **rung.options(group)} for c, group in zip(changes, groups, strict=True)]
+            then = _growth(optimizer, ahead)
+            predicted = state - then
+        else:
+            predicted, then = rung.predict(optimizer) if rung.applicable(optimizer) else 0, state
+        if predicted > 0:
+            used, state, changes = used - predicted, then, ahead
+            actions.append(Action(rung=rung.name, bytes_predicted=predicted, bytes_saved=0, cost=rung.cost))
+    return used, actions, used <= target
+
+
+def _report(
+    optimizer: Saver, target_vram_gb: float, before: int, used: int, actions: list[Action], reached: bool,
+    dry_run: bool = False,
+) -> VramReport:  # fmt: skip
+    enabled = all(group.get("memory_efficient", True) for group in optimizer.param_groups)
+    message = ""
     if not enabled:
         message = "Nothing was done: the optimizer was built with memory_efficient=False."
-        if not dry_run:
-            logger.info("optimize_for_vram: %s", message)
-    elif used > target:
-        message = _what_else(optimizer, used, target)
-        if not dry_run:
-            logger.warning("optimize_for_vram: %s", message)
+    elif not reached:
+        message = _what_else(optimizer, used, int(target_vram_gb * GIB))
     return VramReport(
         target_vram_gb=float(target_vram_gb),
         used_bytes_before=before,
         used_bytes_after=used,
-        reached=used <= target,
+        reached=reached,
         actions=actions,
         dry_run=dry_run,
         message=message,
     )
 
 
+def _growth(optimizer: Saver, changes: Sequence[dict[str, Any]]) -> int:
+    """Bytes of state with other options, less bytes now: of what there is, or of what is to come where there is none."""
+    groups = [{**group, **change} for group, change in zip(optimizer.param_groups, changes, strict=True)]
+    now, then = (sizes.kept(optimizer, given) for given in (None, groups))  # type: ignore[arg-type]
+    counted = [i for i, one in enumerate(now) if not optimizer.state or optimizer.state.get(one.param)]
+    return sizes.state_bytes(then[i] for i in counted) - sizes.state_bytes(now[i] for i in counted)
+
+
+def _change(optimizer: Saver, changes: Sequence[dict[str, Any]]) -> None:
+    """Change options, remembering in each group what they were when the user chose them."""
+    noted = []
+    for group, change in zip(optimizer.param_groups, changes, strict=True):
+        given_up = {**{name: group[name] for name in change}, **group.get(GIVEN_UP, {})}
+        given_up = {name: value for name, value in given_up.items() if change.get(name, group[name]) != value}
+        noted.append({**change, GIVEN_UP: given_up} if change else {})
+    optimizer.change_options(noted)
+    precisions = {group["state_precision"] for group in optimizer.param_groups}
+    if len(precisions) == 1:
+        optimizer.defaults["state_precision"] = precisions.pop()  # a group that is added later goes with the others
+
+
 def _what_else(optimizer: Saver, used: int, target: int) -> str:
     """Why the target is out of reach, and what the user can do that the optimizer cannot."""
-    kinds: Counter[str] = Counter()
-    for name, x in _state_tensors(optimizer):
-        kinds[name] += _bytes(x)
-    largest = ", ".join(f"{name} {as_size(size)}" for name, size in kinds.most_common(4)) or "none allocated yet"
-    return (
-        f"The target of {as_size(target)} is out of reach: {as_size(used)} are in use, {as_size(used - target)} too "
-        f"many, and the optimizer has nothing more to give. Parameters take {as_size(_parameter_bytes(optimizer))}, "
-        f"gradients {as_size(_gradient_bytes(optimizer))}, optimizer state: {largest}. Use a smaller batch or shorter "
-        "sequences, gradient checkpointing, fewer trainable parameters (an adapter, or a lower rank), parameters in "
-        "bf16, or switch off a technique that keeps the state named here."
+    largest = ", ".join(f"{name} {as_size(size)}" for name, size in largest_state(optimizer)) or "none allocated yet"
+    short = (
+        f"{as_size(used)} are in use, {as_size(used - target)} too many" if used > target else "another rank has too much"
     )
-
-
-def _parameters(optimizer: Saver) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
-
-
-def _state_tensors(optimizer: Saver) -> Iterator[tuple[str, Tensor]]:
-    for p in _parameters(optimizer):
-        for name, x in optimizer.state.get(p, {}).items():
-            if isinstance(x, Tensor):
-                yield name, x
-
-
-def _parameter_bytes(optimizer: Saver) -> int:
-    return sum(_bytes(p) for p in _parameters(optimizer))
-
-
-def _gradient_bytes(optimizer: Saver) -> int:
-    return sum(_bytes(p.grad) for p in _parameters(optimizer) if p.grad is not None)
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
+    return (
+        f"The target of {as_size(target)} is out of reach: {short}, and the optimizer has nothing more to give. "
+        f"Parameters take {as_size(parameter_bytes(optimizer))}, gradients {as_size(gradient_bytes(optimizer))}, "
+        f"optimizer state: {largest}. Use a smaller batch or shorter sequences, gradient checkpointing, fewer trainable "
+        "parameters (an adapter, or a lower rank), parameters in bf16, or switch off a technique that keeps the state "
+        "named here."
+    )

@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 
 from hina_optim import arguments as rule
 from hina_optim.engine.optimizer import HinaOptimizer, ParamsT
-from hina_optim.memory.ladder import as_size, plan_for_vram, used_bytes
+from hina_optim.memory.account import any_rank, as_size, parameter_bytes
+from hina_optim.memory.ladder import LADDER, StateTo, optimize_for_vram
+from hina_optim.memory.planning import BudgetError, plan_of
 from hina_optim.memory.probes import GIB
 from hina_optim.optimizers.adapter_reports import AdapterReports
 from hina_optim.optimizers.inspection import Inspection
@@ -141,7 +143,11 @@ class Family(HinaOptimizer, Inspection, AdapterReports):
             )
 
     def before_state(self) -> None:
-        """Keep to ``vram_budget_gb`` from the first byte of state on, on all ranks alike, and say so."""
+        """Keep to ``vram_budget_gb`` from the first byte of state on, on all ranks alike, and say so.
+
+        Raises:
+            BudgetError: A budget that was asked for is smaller than the parameters themselves.
+        """
         groups = [group for group in self.param_groups if "vram_budget_gb" in group and group["memory_efficient"]]
         owner = type(self).__name__
         if any(group["cpu_offload_states"] for group in groups) and any(p.is_cuda for g in groups for p in g["params"]):
@@ -153,19 +159,24 @@ class Family(HinaOptimizer, Inspection, AdapterReports):
         if not groups:
             return
         budget = min(float(group["vram_budget_gb"]) for group in groups)
-        if not self.agree(used_bytes(self) > budget * GIB):
-            return
-        if any(group["state_precision"] == "fp32" for group in self.param_groups):
-            needed = used_bytes(self)
-            self.set_state_precision("bf16")
+        asked = budget != inspect.signature(type(self).__init__).parameters["vram_budget_gb"].default
+        weights = parameter_bytes(self)
+        if asked and any_rank(self, weights > budget * GIB):
+            raise BudgetError(
+                f"{owner}: vram_budget_gb={budget:g} is smaller than the parameters themselves, {as_size(weights)}. "
+                "Raise it, train fewer parameters, or set memory_efficient=False.",
+                plan_of(self),
+            )
+        # a budget that nobody asked for is no reason to switch anything off
+        ladder = LADDER if asked else tuple(rung for rung in LADDER if isinstance(rung, StateTo))
+        report = optimize_for_vram(self, budget, ladder)
+        if report["actions"]:
             log.warning(
-                "%s: parameters, gradients and state need %s, more than vram_budget_gb=%g: the state is kept in bf16. "
-                "Raise vram_budget_gb, or set memory_efficient=False, to keep fp32.",
-                owner, as_size(needed), budget,
+                "%s: parameters, gradients and state need %s, more than vram_budget_gb=%g (here or on another rank): %s "
+                "for the state that is allocated now. Raise vram_budget_gb, or set memory_efficient=False, to keep all.",
+                owner, as_size(report["used_bytes_before"]), budget,
+                ", ".join(action["rung"] for action in report["actions"]),
             )  # fmt: skip
-        left = plan_for_vram(self, budget)
-        if not left["reached"]:
-            log.warning("%s: vram_budget_gb=%g: %s", owner, budget, left["message"])
 
     def after_step(self) -> None:
         """With ``verbose``, log the learning rates at intervals (a wait for the device, then only)."""

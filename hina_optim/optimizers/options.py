@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from hina_optim import arguments as rule
 from hina_optim.engine.optimizer import ENGINE_RULES
+from hina_optim.techniques.loss_context import WINDOW
+from hina_optim.techniques.multi_scale import MOMENTUM_SCALES
 from hina_optim.techniques.spectrum import RANK_TARGET
 
 __all__ = ["CAME_RULES", "OPTIONS", "Option", "describe", "names_of", "rules_of"]
@@ -28,12 +30,6 @@ class Option(NamedTuple):
     text: str
 
 
-_SCALES = rule.Rule(
-    "one or more different integers >= 1, in ascending order",
-    lambda x: (
-        isinstance(x, (tuple, list)) and len(x) > 0 and all(map(rule.INTERVAL.holds, x)) and list(x) == sorted(set(x))
-    ),
-)
 _SHARE_OR_NONE = rule.Rule("a number in [0, 1], or None", lambda x: x is None or rule.UNIT.holds(x))
 _BETAS3 = rule.Rule(
     "three numbers in [0, 1)",
@@ -100,7 +96,9 @@ OPTIONS: dict[str, Option] = {
         _SHARE_OR_NONE,
         "Share of the long-term moment in the mix, in [0, 1]. None: grows from 0 to a half while it fills.",
     ),
-    "momentum_scales": Option(_SCALES, "Every how many steps each of the moments is updated; mixed by 1/scale."),
+    "momentum_scales": Option(
+        MOMENTUM_SCALES, "Every how many steps each of the moments is updated; mixed by 1/scale."
+    ),
     # rates
     "use_lr_mask": Option(
         rule.FLAG, "A learning rate for every element, raised where a gradient keeps its sign, lowered where it flips."
@@ -135,9 +133,7 @@ OPTIONS: dict[str, Option] = {
         "Let the trend of the training loss move the learning rate, between 0.6 and 4 times. Needs the loss: "
         "step(closure), report_loss(), or the Lightning callback.",
     ),
-    "context_window": Option(
-        rule.Rule("an integer >= 4", lambda x: rule.INTERVAL.holds(x) and x >= 4), "Losses that are looked at, ≥ 4."
-    ),
+    "context_window": Option(WINDOW, "Losses that are looked at, ≥ 4."),
     "adaptation_rate": Option(rule.UNIT, "Share of the way to its target that the factor goes a step, in [0, 1]."),
     # decay
     "dynamic_weight_decay": Option(rule.FLAG, "Let the decay shrink late in training."),

@@ -71,9 +71,8 @@ class MultiScaleMomentum(Technique):
 
     def slots(self, info: ParamInfo) -> tuple[Slot, ...]:
         """A running mean a scale above 1, of the parameter's shape."""
-        # no 8 bits: a mean is stored again in every step and must stay as it is until its turn, and in blocks of 8 bits
-        # what is largest and negative loses 0.7 % each time it is stored
-        return tuple(Slot(f"momentum_{k}") for k in self.slow)
+        # stored again in every step, a mean must stay as it is until its turn: rounded stochastically it does
+        return tuple(Slot(f"momentum_{k}", code="signed", slow=True) for k in self.slow)
 
     def scalars(self, t: Tensor) -> dict[str, Tensor]:
         """Of every scale: how much of the gradient it takes in now, and its weight in the mixture."""
