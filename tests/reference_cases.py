@@ -91,7 +91,7 @@ DRAWN: dict[str, list[Any]] = {
 #: Those that are pairs in one family and threes or twos in the other.
 DRAWN_ADAMW: dict[str, list[Any]] = {
     "betas": [(0.9, 0.999), (0.0, 0.5), (0.8, 0.99)],
-    "eps": [1e-8, 1e-2],
+    "eps": [1e-8, 0.5],
 }
 DRAWN_CAME: dict[str, list[Any]] = {
     "betas": [(0.8, 0.99, 0.999), (0.0, 0.5, 0.9), (0.9, 0.9, 0.0)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from typing import Any
@@ -264,23 +265,34 @@ def test_a_closure_runs_once_with_gradients(name: str) -> None:
     assert calls == [True] * 3 and losses[2] < losses[0]
 
 
-@every
-@pytest.mark.slow
-def test_compiled_equals_eager(name: str) -> None:
-    """The same functions under torch.compile, state in the class's own precision."""
+def twins(name: str) -> tuple[torch.Tensor, torch.Tensor, HinaOptimizer]:
+    """The weights after five steps, eager and compiled, across the phases."""
     torch._dynamo.reset()
     pair = []
     for compile_it in (False, True):
         generator = torch.Generator().manual_seed(0)
-        named = [("w", nn.Parameter(torch.randn(16, 320, generator=generator)))]
-        optimizer = (
-            make(name, named, compile=compile_it, warmup_steps=2)
-            if "warmup_steps" in OPTIONS[name]
-            else make(name, named, compile=compile_it)
-        )
+        p = nn.Parameter(torch.randn(16, 320, generator=generator))
+        short = {"warmup_steps": 2} if "warmup_steps" in OPTIONS[name] else {}
+        optimizer = make(name, [("w", p)], compile=compile_it, **short)
         for step in range(5):
-            named[0][1].grad = torch.randn(16, 320, generator=generator) + 0.3
+            p.grad = torch.randn(16, 320, generator=generator) + 0.3
             reported(optimizer, step)
-        pair.append(named[0][1].detach())
+        pair.append(p.detach())
+    return pair[0], pair[1], optimizer
+
+
+@every
+def test_every_segment_is_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole graphs without breaks in every phase; they run as traced, to the bit."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    eager, compiled, _ = twins(name)
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["HinaAdamWOptimizer", "Automagic_CameAMP", "Automagic_CameAMP_8bit"])
+def test_generated_code_equals_eager(name: str) -> None:
+    """The same through the code generator, state in the class's own precision."""
+    eager, compiled, optimizer = twins(name)
     # a code that rounds to its other neighbor moves a weight by a share of one step
-    torch.testing.assert_close(*pair, rtol=1e-5, atol=2e-6 if optimizer.STATE_PRECISION == "fp32" else 2 * LR)
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=2e-6 if optimizer.STATE_PRECISION == "fp32" else 2 * LR)

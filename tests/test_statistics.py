@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hina_optim.optimizers.statistics import BINS, CHUNK, log_histogram, log_quantiles, rank_pattern, resolution
+from hina_optim.techniques.base import ParamInfo
+from hina_optim.techniques.importance import analyze_importance
+from hina_optim.techniques.relationships import interaction_type
 
 LOW, HIGH = 1e-7, 1e-3
 
@@ -60,3 +63,30 @@ def test_rank_pattern_rules():
     pattern = rank_pattern(many, 8)
     assert pattern["big"] == 32 and pattern["m0"] == 1
     assert rank_pattern({"a.weight": 0.0}, 8) == rank_pattern({}, 8) == rank_pattern({"scale": 1.0}, 8) == {}
+
+
+def test_analysis_of_importance():
+    names = list("abcdef")
+    result = analyze_importance(names, torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 0.1]), limit=1)
+    assert result["total_parameters"] == 6
+    assert result["importance_statistics"] == pytest.approx(
+        {"mean": 7.1 / 6, "max": 3.0, "min": 0.1, "std": (13.01 / 6 - (7.1 / 6) ** 2) ** 0.5}
+    )
+    assert [name for name, _ in result["high_importance_params"]] == ["e"]
+    assert [name for name, _ in result["low_importance_params"]] == ["f"]
+    nothing = analyze_importance([], torch.zeros(0))
+    assert nothing["total_parameters"] == 0
+    assert nothing["importance_statistics"] == {"mean": 0.0, "max": 0.0, "min": 0.0, "std": 0.0}
+    assert analyze_importance(["a", "b"], torch.ones(2))["high_importance_params"] == []
+
+
+def test_interaction_types():
+    pairs = {
+        "same_shape": ((4, 6), (4, 2, 3)),
+        "transposed_shape": ((4, 6), (6, 4)),
+        "shared_dimension": ((4, 6), (7, 4)),
+        "similar_gradients": ((4, 6), (7, 5)),
+    }
+    for word, (a, b) in pairs.items():
+        assert interaction_type(ParamInfo(a), ParamInfo(b), False) == word
+        assert interaction_type(ParamInfo(a), ParamInfo(b), True) == "adapter_pair"

@@ -18,11 +18,10 @@ from torch.utils._pytree import tree_leaves
 from hina_optim.reference import adaptation
 from hina_optim.techniques import relationships as module
 from hina_optim.techniques.base import Flow, ParamInfo, PeriodicTechnique
-from hina_optim.techniques.importance import ImportanceScaling, analyze_importance
+from hina_optim.techniques.importance import ImportanceScaling
 from hina_optim.techniques.relationships import (
     Relationships,
     describe_relationships,
-    interaction_type,
     random_signs,
 )
 
@@ -256,19 +255,20 @@ def test_rates_have_mean_one_and_bounds_for_any_gradients(decay, strength, expon
     assert rates.max() <= 30 * rates.min() * (1 + 1e-5)
 
 
-def test_analysis_of_importance():
-    names = list("abcdef")
-    result = analyze_importance(names, torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 0.1]), limit=1)
-    assert result["total_parameters"] == 6
-    assert result["importance_statistics"] == pytest.approx(
-        {"mean": 7.1 / 6, "max": 3.0, "min": 0.1, "std": (13.01 / 6 - (7.1 / 6) ** 2) ** 0.5}
-    )
-    assert [name for name, _ in result["high_importance_params"]] == ["e"]
-    assert [name for name, _ in result["low_importance_params"]] == ["f"]
-    nothing = analyze_importance([], torch.zeros(0))
-    assert nothing["total_parameters"] == 0
-    assert nothing["importance_statistics"] == {"mean": 0.0, "max": 0.0, "min": 0.0, "std": 0.0}
-    assert analyze_importance(["a", "b"], torch.ones(2))["high_importance_params"] == []
+def test_more_strength_adapts_more():
+    """The spread of the rates grows with the strength; at 1 they are the scores, at nearly 0 nothing is adapted."""
+    spreads = []
+    for strength in (0.01, 0.8, 1.0, 1.2):
+        params = [randn(3, seed=i) for i in range(4)]
+        population = Population(ImportanceScaling(strength, 0.5), params)
+        population.measure([(1 + i) * randn(3, seed=50) for i in range(4)])
+        population.refresh()
+        rates = torch.tensor(population.rates())
+        spreads.append(float(rates.max() - rates.min()))
+        if strength == 1.0:
+            scores = population.stacked()["importance"]
+            torch.testing.assert_close(rates.to(scores), scores / scores.mean(), rtol=1e-5, atol=1e-6)
+    assert spreads[0] < 0.02 and spreads[0] < spreads[1] < spreads[2] < spreads[3], spreads
 
 
 # --- relationships ----------------------------------------------------------------------------------------------------
@@ -424,18 +424,6 @@ def test_the_table_of_pairs_is_never_whole():
     alike[1::2] = alike[2998] = -1
     assert new["relation_partners"][2998, 1] == alike.argmax()
     torch.testing.assert_close(new["relation_scores"][2998, 1], 0.35 + 0.3 * alike.max())
-
-
-def test_interaction_types():
-    pairs = {
-        "same_shape": ((4, 6), (4, 2, 3)),
-        "transposed_shape": ((4, 6), (6, 4)),
-        "shared_dimension": ((4, 6), (7, 4)),
-        "similar_gradients": ((4, 6), (7, 5)),
-    }
-    for word, (a, b) in pairs.items():
-        assert interaction_type(ParamInfo(a), ParamInfo(b), False) == word
-        assert interaction_type(ParamInfo(a), ParamInfo(b), True) == "adapter_pair"
 
 
 def test_random_signs_are_balanced_and_the_same_for_a_shard():

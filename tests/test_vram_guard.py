@@ -298,8 +298,9 @@ def test_metrics_reach_both_loggers(tmp_path):
     events.Reload()
     seen = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if "mem/" in tag}
     # the second reading of 0.6 comes after the action of step 1
+    names = ("used_gb", "free_gb", "allocated_peak_gb", "pressure", "alloc_retries", "actions")
     assert {tag: [step for step, _ in values] for tag, values in seen.items()} == {
-        f"mem/{name}": [0, 1, 2] for name in ("used_gb", "free_gb", "pressure", "actions")
+        f"mem/{name}": [0, 1, 2] for name in names
     }
     assert [value for _, value in seen["mem/used_gb"]] == pytest.approx([5, 9.5, 6])
     assert [value for _, value in seen["mem/free_gb"]] == pytest.approx([5, 0.5, 4])

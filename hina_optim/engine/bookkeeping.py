@@ -119,11 +119,16 @@ class Buckets:
             for name in due:
                 population.refresh(name, everyone)
 
-    def advance(self, work: Iterable[Bucket]) -> None:
-        """Count the step."""
-        for bucket in work:
-            bucket.steps.add_(1)
-            bucket.step += 1
+    def advance(self, updated: Mapping[Bucket, Sequence[tuple[int, int]]]) -> None:
+        """Count the step of the parameters that have taken it: of each bucket, those in these ranges."""
+        for bucket, ranges in updated.items():
+            if sum(stop - first for first, stop in ranges) == bucket.size:
+                bucket.steps.add_(1)
+                bucket.step += 1
+                continue
+            for first, stop in ranges:
+                bucket.steps[first:stop].add_(1)
+            self._drop(bucket)  # its parameters no longer are at the same step
 
     def _everyone(self) -> list[Bucket]:
         """Buckets of all parameters that have state, however they came to it (a load, a swap)."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hina_optim.engine.layout import Shard
+from hina_optim.state.conversion import converted
 from hina_optim.state.precision import Codec, Storage, codec_for, compute_dtype
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import ParamInfo, Technique
@@ -210,21 +211,27 @@ class Bucket:
         """
         known = {slot.name: slot for slot in slots}
         self.slots = tuple(known.get(slot.name, slot) for slot in self.slots)
-        for slot in self.slots:
-            old = self.codecs[slot.name]
-            new = codec_for(slot, storage, self.key.dtype, self.info.shape)
-            if new == old or slot.name in self.key.zero_anchors:
-                continue
-            parts = {suffix: self.storage[slot.name + suffix] for suffix in old.parts}
-            encoded = new.encode(old.decode(parts), None)
-            for suffix in old.parts:
-                del self.storage[slot.name + suffix]
-            self.storage.update({slot.name + suffix: part for suffix, part in encoded.items()})
-            self.codecs[slot.name] = new
-            for i, member in enumerate(self.members):
-                for suffix in old.parts:
-                    member.state.pop(slot.name + suffix, None)
-                for suffix in encoded:
-                    member.state[slot.name + suffix] = self.storage[slot.name + suffix][i]
-        self.views = [(m.state, k, v) for m in self.members for k, v in m.state.items() if isinstance(v, Tensor)]
+        self.views = []  # they would keep what is replaced
         self.programs.clear()
+        try:
+            for slot in self.slots:
+                self._convert_slot(slot, storage)
+        finally:
+            self.views = [(m.state, k, v) for m in self.members for k, v in m.state.items() if isinstance(v, Tensor)]
+
+    def _convert_slot(self, slot: Slot, storage: Storage) -> None:
+        old = self.codecs[slot.name]
+        new = codec_for(slot, storage, self.key.dtype, self.info.shape)
+        if new == old or slot.name in self.key.zero_anchors:
+            return
+        parts = {suffix: self.storage[slot.name + suffix] for suffix in old.parts}
+        encoded = converted(old, new, parts, slot.local_shape(self.key.local_shape))
+        for suffix in old.parts:
+            del self.storage[slot.name + suffix]
+        self.storage.update({slot.name + suffix: part for suffix, part in encoded.items()})
+        self.codecs[slot.name] = new
+        for i, member in enumerate(self.members):
+            for suffix in old.parts:
+                member.state.pop(slot.name + suffix, None)
+            for suffix in encoded:
+                member.state[slot.name + suffix] = self.storage[slot.name + suffix][i]

@@ -15,6 +15,7 @@ from torch import Tensor
 from hina_optim import arguments as rule
 from hina_optim.engine.bookkeeping import Buckets
 from hina_optim.engine.bucket import Bucket
+from hina_optim.engine.exhaustion import before_any_change
 from hina_optim.engine.layout import Layout, LocalLayout
 from hina_optim.engine.program import Program
 from hina_optim.engine.runner import Runner
@@ -215,6 +216,8 @@ class HinaOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: A sparse gradient, or a parameter whose shape or device is not that of its state. Nothing
                 has changed then.
+            torch.OutOfMemoryError: There was not enough memory, even after giving back what can be given back. The
+                message says whether anything was changed; no parameter is without the state that belongs to it.
         """
         loss = None
         if closure is not None:
@@ -225,13 +228,19 @@ class HinaOptimizer(torch.optim.Optimizer):
             # who reported while the closure ran knows more than its result: of accumulated batches it has the last only
             if number and self._loss is reported:
                 self.report_loss(loss)
-        work = self._buckets.prepare()
+        with before_any_change():
+            work = self._buckets.prepare()
+            if work:
+                self._buckets.refresh(work)
+                programs = [(b, self._buckets.program(b)) for b in work]
+                agreed = self._agreed_loss(programs)
         if work:
-            self._buckets.refresh(work)
             budget = min(int(b.group["max_buffer_memory_mb"] * 1e6) for b in work)
-            programs = [(b, self._buckets.program(b)) for b in work]
-            Runner(self._layout, budget, self._agreed_loss(programs)).step(programs)
-            self._buckets.advance(work)
+            runner = Runner(self._layout, budget, agreed)
+            try:
+                runner.step(programs)
+            finally:  # whatever ends a step early: what it has updated has taken a step
+                self._buckets.advance(runner.updated)
             self.after_step()
         return loss
 
@@ -307,7 +316,7 @@ class HinaOptimizer(torch.optim.Optimizer):
         """Bytes of optimizer state held now; with ``precision``, what they would be in that one.
 
         Args:
-            precision: One of ``"fp32"``, ``"bf16"``, or None for what is.
+            precision: One of ``"fp32"``, ``"bf16"``, ``"8bit"``, or None for what is.
         """
         return self._buckets.state_bytes(precision)
 
@@ -315,7 +324,7 @@ class HinaOptimizer(torch.optim.Optimizer):
         """Convert the state in place, one slot of one bucket at a time, and keep it so from now on.
 
         Args:
-            precision: ``"fp32"`` or ``"bf16"``.
+            precision: ``"fp32"``, ``"bf16"`` or ``"8bit"``.
 
         Returns:
             Bytes given back (negative when the state grew).

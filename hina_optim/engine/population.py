@@ -53,8 +53,6 @@ def refresh(name: str, buckets: Iterable[Bucket]) -> None:
         for one in periodic(bucket.chain)
         if one.name == name and one.applies(bucket.info)
     ]
-    for bucket, _ in using:
-        bucket.digested[name] = bucket.step
     # state of fixed shape may still differ in size from parameter to parameter (Gram matrices): one population a size
     sizes: dict[tuple[tuple[int, ...], ...], list[tuple[Bucket, PeriodicTechnique]]] = {}
     for bucket, one in using:
@@ -62,6 +60,8 @@ def refresh(name: str, buckets: Iterable[Bucket]) -> None:
         sizes.setdefault(key, []).append((bucket, one))
     for members in sizes.values():
         _refresh_one_size(members)
+    for bucket, _ in using:
+        bucket.digested[name] = bucket.step
 
 
 def _refresh_one_size(using: Sequence[tuple[Bucket, PeriodicTechnique]]) -> None:
@@ -86,10 +86,12 @@ def _refresh_one_size(using: Sequence[tuple[Bucket, PeriodicTechnique]]) -> None
     outcomes: list[tuple[PeriodicTechnique, dict[str, Tensor]]] = []
     for _, one in using:
         if not any(vars(one) == vars(other) for other, _ in outcomes):
-            outcomes.append((one, one.refresh(dict(states), infos, relations)))
+            fresh = one.refresh(dict(states), infos, relations)
+            outcomes.append((one, {slot: value[backward] for slot, value in fresh.items()}))
+    # from here on nothing takes memory: all of it is written, or none
     at = 0
     for bucket, one in using:
         fresh = next(values for other, values in outcomes if vars(other) == vars(one))
         for slot, value in fresh.items():
-            bucket.storage[slot].copy_(value[backward][at : at + bucket.size])
+            bucket.storage[slot].copy_(value[at : at + bucket.size])
         at += bucket.size

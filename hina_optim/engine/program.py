@@ -10,6 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -229,7 +230,10 @@ class Program:
         return one.whole_matrix(flow, *complete)
 
     def _commit(self, flow: Flow, stored: Values, scalars: Values, last: bool) -> None:
-        """Write new weights and state in place; a parameter with a non-finite gradient keeps every bit."""
+        """Write new weights and state in place; a parameter with a non-finite gradient keeps every bit.
+
+        All that is written is computed before anything is: running out of memory changes nothing.
+        """
         ok = flow[_FINITE]
         param = flow["param"]
         update = flow["rate"] * flow["update"]
@@ -256,8 +260,8 @@ class Program:
             flow.new[KAHAN.name] = torch.where(moves, wanted - (written.to(self.compute) - param), lost)
         else:
             written = target.to(old.dtype)
-        blend(old, written, ok)
         fixed = {slot.name for slot in self.bucket.slots if slot.shape != "like"}
+        writes: list[Write] = []
         for name, value in flow.new.items():
             if name in fixed and not last:
                 continue
@@ -268,22 +272,52 @@ class Program:
                 noise = element_noise(seeds, index.to(torch.int32), self.streams[name])
             for suffix, part in codec.encode(value, noise).items():
                 have = stored[name + suffix]
-                blend(have, part.reshape(have.shape), ok.reshape(-1, *([1] * (have.ndim - 1))))
+                keep = ok.reshape(-1, *([1] * (have.ndim - 1)))
+                writes.append(Write.blend(have, part.reshape(have.shape), keep))
+        writes.append(Write.blend(old, written, ok))
         if last:
-            stored["skipped"].add_(1 - ok.reshape(-1))
+            writes.append(Write("add", stored["skipped"], 1 - ok.reshape(-1)))
+        for write in writes:
+            write()
 
 
-def blend(old: Tensor, new: Tensor, ok: Tensor) -> None:
-    """Write ``new`` over ``old`` in place where ``ok`` is 1, keep ``old`` where it is 0; both exactly.
+class Write(NamedTuple):
+    """A change of a stored tensor, with all that it needs: making it takes no memory, so it cannot fail half-way.
 
-    ``lerp`` is exact at both ends for finite values, and runs several times faster than a choice by a boolean tensor.
+    Attributes:
+        how: ``"copy"``, ``"add"``, or ``"lerp"``.
+        old: What is written, in place.
+        value: What is copied, added, or gone to.
+        share: How far it is gone there, 0 or 1 (``"lerp"`` only).
     """
-    if old.ndim <= 1 or old[0].numel() <= 4096:
-        old.copy_(torch.where(ok > 0, new, old))
-    elif old.dtype.is_floating_point:
-        old.lerp_(new, ok.to(old.dtype))
-    else:
-        old.add_((new - old) * ok.to(old.dtype))
+
+    how: Literal["copy", "add", "lerp"]
+    old: Tensor
+    value: Tensor
+    share: Tensor | None = None
+
+    @classmethod
+    def blend(cls, old: Tensor, new: Tensor, ok: Tensor) -> Write:
+        """``new`` over ``old`` where ``ok`` is 1, and ``old`` kept where it is 0; both exactly.
+
+        ``lerp`` is exact at both ends for finite values, and runs several times faster than a choice by a boolean
+        tensor.
+        """
+        if old.ndim <= 1 or old[0].numel() <= 4096:
+            return cls("copy", old, torch.where(ok > 0, new, old))
+        if old.dtype.is_floating_point:
+            return cls("lerp", old, new, ok.to(old.dtype))
+        return cls("add", old, (new - old) * ok.to(old.dtype))
+
+    def __call__(self) -> None:
+        """Make it."""
+        if self.how == "copy":
+            self.old.copy_(self.value)
+        elif self.how == "add":
+            self.old.add_(self.value)
+        else:
+            assert self.share is not None
+            self.old.lerp_(self.value, self.share)
 
 
 def piece(result: Tensor, one: Technique, shard: Shard, like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ __all__ = [
     "Saver",
     "any_rank",
     "as_size",
+    "expected_bytes",
     "gradient_bytes",
     "largest_state",
     "most_of_ranks",
@@ -71,23 +72,32 @@ def pending_bytes(optimizer: Saver) -> int:
     return 0 if optimizer.state_bytes() else sizes.state_bytes(sizes.kept(optimizer))  # type: ignore[arg-type]
 
 
+def expected_bytes(optimizer: Saver) -> int:
+    """What the first step will need beside what is there: gradients, state, and the engine's temporary memory."""
+    every = sizes.kept(optimizer)  # type: ignore[arg-type]
+    gradients = sum(_bytes(one.param) for one in every if one.param.grad is None)
+    temporary = sizes.temporary_bytes(every, [tuple(one.param.shape) for one in every])
+    return gradients + temporary + (0 if optimizer.state_bytes() else sizes.state_bytes(every))
+
+
 def any_rank(optimizer: Saver, here: bool) -> bool:
     """Whether it is so on any rank; without other processes, whether it is so here. All ranks must ask."""
     if _several_processes():
-        return most_of_ranks(optimizer, int(here)) > 0
+        return most_of_ranks(optimizer, int(here))[0] > 0
     return optimizer.agree(here)
 
 
-def most_of_ranks(optimizer: Saver, number: int) -> int:
-    """The largest of all ranks' numbers. All ranks must ask."""
+def most_of_ranks(optimizer: Saver, *numbers: int) -> list[int]:
+    """The largest of all ranks' numbers, for each of several. All ranks must ask."""
     if not _several_processes():
-        return number
+        return list(numbers)
     home = next((p.device for p in _parameters(optimizer) if p.device.type not in ("cpu", "meta")), None)
     if home is None and "nccl" in torch.distributed.get_backend() and torch.cuda.is_available():
         home = torch.device("cuda", torch.cuda.current_device())
-    shared = torch.tensor(number, dtype=torch.int64, device=home or "cpu")
+    shared = torch.tensor(numbers, dtype=torch.int64, device=home or "cpu")
     torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-    return int(shared)
+    largest: list[int] = shared.tolist()
+    return largest
 
 
 def as_size(number: int) -> str:

@@ -11,11 +11,19 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypedDict
+from typing import Any, TypedDict
 
 from hina_optim import arguments as rule
 from hina_optim.engine import sizes
-from hina_optim.memory.account import Saver, any_rank, as_size, parameter_bytes, gradient_bytes, largest_state, used_bytes
+from hina_optim.memory.account import (
+    Saver,
+    any_rank,
+    as_size,
+    gradient_bytes,
+    largest_state,
+    parameter_bytes,
+    used_bytes,
+)
 from hina_optim.memory.probes import GIB
 from hina_optim.state.precision import PRECISIONS
 
@@ -50,9 +58,9 @@ class Action(TypedDict):
 class VramReport(TypedDict):
     """What :func:`optimize_for_vram` did, or what :func:`plan_for_vram` expects.
 
-    ``bytes_saved`` of an action is measured; in a plan it is 0 and ``used_bytes_after`` is a prediction. Bytes are those
-    of this rank, ``reached`` is whether all of them are within the target. ``message`` says what a reader must know, and
-    is empty where there is nothing to say.
+    ``bytes_saved`` of an action is measured; in a plan it is 0 and ``used_bytes_after`` is a prediction. Bytes are
+    those of this rank, ``reached`` is whether all of them are within the target. ``message`` says what a reader must
+    know, and is empty where there is nothing to say.
     """
 
     target_vram_gb: float
@@ -287,9 +295,7 @@ def _walk(optimizer: Saver, target_vram_gb: float, ladder: Sequence[Rung], dry_r
     return report
 
 
-def _foresee(
-    optimizer: Saver, used: int, target: int, ladder: Sequence[Rung]
-) -> tuple[int, list[Action], bool]:
+def _foresee(optimizer: Saver, used: int, target: int, ladder: Sequence[Rung]) -> tuple[int, list[Action], bool]:
     """What a walk would come to: bytes in use after it, its actions, and whether the target is reached."""
     actions: list[Action] = []
     enabled = all(group.get("memory_efficient", True) for group in optimizer.param_groups)
@@ -334,7 +340,7 @@ def _report(
 
 
 def _growth(optimizer: Saver, changes: Sequence[dict[str, Any]]) -> int:
-    """Bytes of state with other options, less bytes now: of what there is, or of what is to come where there is none."""
+    """Bytes of state with other options, less bytes now; of the state to come where there is none."""
     groups = [{**group, **change} for group, change in zip(optimizer.param_groups, changes, strict=True)]
     now, then = (sizes.kept(optimizer, given) for given in (None, groups))  # type: ignore[arg-type]
     counted = [i for i, one in enumerate(now) if not optimizer.state or optimizer.state.get(one.param)]
@@ -357,13 +363,13 @@ def _change(optimizer: Saver, changes: Sequence[dict[str, Any]]) -> None:
 def _what_else(optimizer: Saver, used: int, target: int) -> str:
     """Why the target is out of reach, and what the user can do that the optimizer cannot."""
     largest = ", ".join(f"{name} {as_size(size)}" for name, size in largest_state(optimizer)) or "none allocated yet"
-    short = (
-        f"{as_size(used)} are in use, {as_size(used - target)} too many" if used > target else "another rank has too much"
-    )
+    short = "another rank has too much in use"
+    if used > target:
+        short = f"{as_size(used)} are in use, {as_size(used - target)} too many"
     return (
         f"The target of {as_size(target)} is out of reach: {short}, and the optimizer has nothing more to give. "
         f"Parameters take {as_size(parameter_bytes(optimizer))}, gradients {as_size(gradient_bytes(optimizer))}, "
-        f"optimizer state: {largest}. Use a smaller batch or shorter sequences, gradient checkpointing, fewer trainable "
-        "parameters (an adapter, or a lower rank), parameters in bf16, or switch off a technique that keeps the state "
-        "named here."
+        f"optimizer state: {largest}. Use a smaller batch or shorter sequences, gradient checkpointing, fewer "
+        "trainable parameters (an adapter, or a lower rank), parameters in bf16, or switch off a technique that keeps "
+        "the state named here."
     )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hina_optim import arguments as rule
 from hina_optim.engine import sizes
-from hina_optim.memory.ladder import LADDER, Change, Rung, as_size
+from hina_optim.memory.account import as_size
+from hina_optim.memory.ladder import LADDER, Change, Rung
 from hina_optim.memory.probes import GIB
 from hina_optim.memory.shards import local_numel, local_shapes
 
@@ -33,8 +34,8 @@ _ASSUMED: dict[str, str] = {
     "none": "",
     "ddp": "DDP: every rank holds everything; its communication buckets are not counted.",
     "fsdp": (
-        "FSDP2: dimension 0 in pieces of ceil(rows / ranks), so the first rank has the most; the layer that is gathered "
-        "for forward and backward is not counted."
+        "FSDP2: dimension 0 in pieces of ceil(rows / ranks), so the first rank has the most; the layer that is "
+        "gathered for forward and backward is not counted."
     ),
     "zero1": (
         "ZeRO-1: weights and gradients whole on every rank; the optimizer's float32 copy of each group is one flat "
@@ -273,8 +274,9 @@ def _planned(
         ((r, local_shapes(shapes, offsets, sharding, world_size, r)) for r in whose),
         key=lambda item: _total(every, item[1]),
     )
-    weights = sum(local_numel(p.numel(), tuple(p.shape), sharding, world_size, rank) * p.element_size() for p in trained)
-    weights += sum(local_numel(p.numel(), tuple(p.shape), sharding, world_size, rank) * p.element_size() for p in frozen)
+    weights = sum(
+        local_numel(tuple(p.shape), sharding, world_size, rank) * p.element_size() for p in (*trained, *frozen)
+    )
     here = sum(int(torch.Size(shape).numel()) for shape in local)
     gradients = sum(
         (int(torch.Size(shape).numel()) if sharding not in ("none", "ddp", "zero1") else p.numel()) * p.element_size()

@@ -11,7 +11,9 @@ __all__ = ["local_numel", "local_shapes"]
 Shape = tuple[int, ...]
 
 
-def local_shapes(shapes: Sequence[Shape], groups: Sequence[int], sharding: str, world_size: int, rank: int) -> list[Shape]:
+def local_shapes(
+    shapes: Sequence[Shape], groups: Sequence[int], sharding: str, world_size: int, rank: int
+) -> list[Shape]:
     """Shapes as one rank's optimizer sees them.
 
     Args:
@@ -30,11 +32,11 @@ def local_shapes(shapes: Sequence[Shape], groups: Sequence[int], sharding: str, 
     return [_piece(shape, sharding, world_size, rank) for shape in shapes]
 
 
-def local_numel(numel: int, shape: Shape, sharding: str, world_size: int, rank: int) -> int:
+def local_numel(shape: Shape, sharding: str, world_size: int, rank: int) -> int:
     """Elements of one parameter's weights on a rank, for forward and backward."""
     if sharding in ("fsdp", "zero3"):
         return _numel(_piece(shape, sharding, world_size, rank))
-    return numel
+    return _numel(shape)
 
 
 def _piece(shape: Shape, sharding: str, world_size: int, rank: int) -> Shape:

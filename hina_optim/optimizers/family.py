@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from hina_optim import arguments as rule
 from hina_optim.engine.optimizer import HinaOptimizer, ParamsT
 from hina_optim.memory.account import any_rank, as_size, parameter_bytes
-from hina_optim.memory.ladder import LADDER, StateTo, optimize_for_vram
+from hina_optim.memory.ladder import LADDER, StateTo, VramReport, optimize_for_vram, relax_vram
 from hina_optim.memory.planning import BudgetError, plan_of
 from hina_optim.memory.probes import GIB
 from hina_optim.optimizers.adapter_reports import AdapterReports
@@ -159,7 +159,10 @@ class Family(HinaOptimizer, Inspection, AdapterReports):
         if not groups:
             return
         budget = min(float(group["vram_budget_gb"]) for group in groups)
-        asked = budget != inspect.signature(type(self).__init__).parameters["vram_budget_gb"].default
+        # a subclass may take its arguments in another way
+        constructors = (inspect.signature(cls.__init__).parameters for cls in type(self).__mro__)
+        usual = next(p["vram_budget_gb"].default for p in constructors if "vram_budget_gb" in p)
+        asked = budget != usual
         weights = parameter_bytes(self)
         if asked and any_rank(self, weights > budget * GIB):
             raise BudgetError(
@@ -172,11 +175,21 @@ class Family(HinaOptimizer, Inspection, AdapterReports):
         report = optimize_for_vram(self, budget, ladder)
         if report["actions"]:
             log.warning(
-                "%s: parameters, gradients and state need %s, more than vram_budget_gb=%g (here or on another rank): %s "
-                "for the state that is allocated now. Raise vram_budget_gb, or set memory_efficient=False, to keep all.",
+                "%s: parameters, gradients and state need %s, more than vram_budget_gb=%g (or another rank's do): %s "
+                "from the first step on. Raise vram_budget_gb, or set memory_efficient=False, to change nothing.",
                 owner, as_size(report["used_bytes_before"]), budget,
                 ", ".join(action["rung"] for action in report["actions"]),
             )  # fmt: skip
+
+    def relax_vram(self, budget_gb: float) -> VramReport:
+        """Take back what the ladder of memory did, the last first, as long as ``budget_gb`` (GiB) is kept to.
+
+        See :func:`hina_optim.memory.relax_vram`.
+
+        Raises:
+            ValueError: The budget is not a finite number > 0.
+        """
+        return relax_vram(self, budget_gb)
 
     def after_step(self) -> None:
         """With ``verbose``, log the learning rates at intervals (a wait for the device, then only)."""

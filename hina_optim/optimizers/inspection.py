@@ -28,28 +28,33 @@ from hina_optim.techniques.relationships import describe_relationships
 
 __all__ = ["Inspection"]
 
-#: Technique → group option that switches it on.
-SWITCHES = {
-    "agr": "use_agr",
-    "tam": "use_tam",
-    "adopt_stability": "use_adopt_stability",
-    "grams": "use_grams",
-    "cautious": "use_cautious",
-    "orthogonal_grad": "use_orthogonal_grad",
-    "spd": "use_spd",
-    "dynamic_weight_decay": "dynamic_weight_decay",
-    "lr_mask": "use_lr_mask",
-    "dynamic_adaptation": "use_dynamic_adaptation",
-    "edge_suppression": "edge_suppression",
-    "spatial_awareness": "spatial_awareness",
-    "background_regularization": "background_regularization",
-    "lora_rank_penalty": "lora_rank_penalty",
-    "alora": "use_alora",
-    "came": "came",
-    "dual_momentum": "enable_dual_momentum",
-    "ada_decay": "use_ada_decay",
-    "loss_context": "use_loss_context",
+#: Feature → names of the techniques that are it.
+FEATURES: dict[str, frozenset[str]] = {
+    "agr": frozenset({"agr"}),
+    "tam": frozenset({"tam"}),
+    "adopt_stability": frozenset({"adopt"}),
+    "grams": frozenset({"grams"}),
+    "cautious": frozenset({"cautious"}),
+    "orthogonal_grad": frozenset({"orthogonal"}),
+    "spd": frozenset({"spd"}),
+    "lr_mask": frozenset({"lr_mask"}),
+    "dynamic_adaptation": frozenset({"importance", "relationships"}),
+    "edge_suppression": frozenset({"edge"}),
+    "spatial_awareness": frozenset({"spatial"}),
+    "frequency_penalty": frozenset({"frequency"}),
+    "background_regularization": frozenset({"background"}),
+    "lora_rank_penalty": frozenset({"rank_penalty"}),
+    "low_rank_emphasis": frozenset({"low_rank_emphasis"}),
+    "rank_aware_decay": frozenset({"rank_aware_decay"}),
+    "alora": frozenset({"alora", "alora_ratio", "lokr"}),
+    "came": frozenset({"confidence"}),
+    "dual_momentum": frozenset({"dual_momentum"}),
+    "multi_scale_momentum": frozenset({"multi_scale"}),
+    "ada_decay": frozenset({"ada_decay"}),
+    "loss_context": frozenset({"context"}),
 }
+#: A parameter of each kind that recipes tell apart: what acts on any of them is a feature of the optimizer.
+KINDS = (ParamInfo((8, 8)), ParamInfo((8, 8), "lora_b", True), ParamInfo((8, 8), "lokr_w2", True))
 ADAPTATION = (
     "adaptation_strength",
     "relationship_discovery_interval",
@@ -260,19 +265,16 @@ class Inspection(RateInspection):
     # -- helpers -------------------------------------------------------------------------------------------------------
 
     def _features(self) -> dict[str, bool]:
-        """Techniques that act in at least one group."""
-        features = {
-            feature: any(bool(group.get(option, False)) for group in self.param_groups)
-            for feature, option in SWITCHES.items()
+        """Techniques that act in at least one group, in some phase, on the parameters that they are for."""
+        acting = {
+            one.name
+            for group in self.param_groups
+            for info in KINDS
+            for one in self.recipe(group, info)
+            if one.applies(info)
         }
-        # with Grams, cautious has nothing left to do and is not run
-        features["cautious"] = any(g.get("use_cautious", False) and not g.get("use_grams") for g in self.param_groups)
-        features["frequency_penalty"] = any(
-            g.get("spatial_awareness", False) and g.get("frequency_penalty", 0) > 0 for g in self.param_groups
-        )
-        features["low_rank_emphasis"] = any(
-            g.get("lora_rank_penalty", False) and g.get("low_rank_emphasis", 1) != 1 for g in self.param_groups
-        )
+        features = {feature: bool(names & acting) for feature, names in FEATURES.items()}
+        features["dynamic_weight_decay"] = any(bool(g.get("dynamic_weight_decay")) for g in self.param_groups)
         return features
 
     def _memory_options(self) -> dict[str, Any]:

@@ -117,7 +117,7 @@ OPTIONS: dict[str, Option] = {
     "eta": Option(rule.POSITIVE, "Most that the row scaling multiplies a rate with, reached by a row of zeros, > 0."),
     "use_dynamic_adaptation": Option(rule.FLAG, "Importance and relationships between parameters."),
     "adaptation_strength": Option(
-        rule.POSITIVE, "Factor on an importance score before it is clipped to [0.1, 3], > 0."
+        rule.POSITIVE, "How far rates follow importance, > 0: factor on the distance of a score from 1, the average."
     ),
     "relationship_discovery_interval": Option(
         rule.INTERVAL, "Steps from one measurement of both to the next, ≥ 1; the first step measures."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from hina_optim.optimizers.statistics import log_histogram, log_quantiles
 if TYPE_CHECKING:
     from hina_optim.engine.bookkeeping import Buckets
     from hina_optim.engine.layout import Layout
+    from hina_optim.techniques.base import ParamInfo, Technique
 
 __all__ = ["RateInspection", "numbers"]
 
@@ -33,6 +34,9 @@ class RateInspection:
         state: defaultdict[Tensor, Any]
         _layout: Layout
         _buckets: Buckets
+
+        def recipe(self, group: dict[str, Any], info: ParamInfo) -> list[Technique]:
+            """From the optimizer."""
 
         def param_names(self) -> list[str]:
             """From the optimizer."""
@@ -53,6 +57,12 @@ class RateInspection:
             """From the optimizer."""
 
         def release_scratch(self) -> int:
+            """From the optimizer."""
+
+        def change_options(self, changes: Sequence[Mapping[str, Any]]) -> None:
+            """From the optimizer."""
+
+        def agree(self, here: bool) -> bool:
             """From the optimizer."""
 
     def get_effective_lrs(self) -> dict[str, float]:

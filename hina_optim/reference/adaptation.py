@@ -70,8 +70,8 @@ def importance_scores(scores: Sequence[float], measured: Sequence[Measurement], 
 
 
 def importance_rates(scores: Sequence[float], adaptation_strength: float) -> list[float]:
-    """Factors on the rates: clipped scores, divided by their mean."""
-    clipped = [min(max(score * adaptation_strength, 0.1), 3.0) for score in scores]
+    """Factors on the rates: clipped scores, their distance from 1 scaled by the strength, divided by their mean."""
+    clipped = [min(max(1 + adaptation_strength * (score - 1), 0.1), 3.0) for score in scores]
     mean = sum(clipped) / len(clipped)
     return [x / mean for x in clipped]
 

@@ -23,6 +23,8 @@ __all__ = ["ReferenceCOptim", "ReferenceCame", "ReferenceCameAMP", "ReferenceCam
 
 #: Phases of a training, in their order.
 EARLY, LATE, STABLE, MATURE = range(4)
+#: Where a first beta that decays ends.
+SHORTEST_MEMORY = 0.5
 
 
 class ReferenceCame(Reference):
@@ -123,7 +125,7 @@ class ReferenceCame(Reference):
             result = self.momentum.apply(damping * taken, state.exp_avg, step=step)
             state.exp_avg, update = result if isinstance(result, tuple) else (result, result)
         else:
-            beta1 = came.beta1_at(t, beta1, group["beta1_decay"], beta1 / 2)
+            beta1 = came.beta1_at(t, beta1, group["beta1_decay"], min(beta1, SHORTEST_MEMORY))
             update = state.exp_avg = core.momentum(state.exp_avg, taken, beta1, damping)
         if group.get("enable_dual_momentum"):
             share, long_beta = group["alpha_mix_ratio"], group["long_term_beta"]

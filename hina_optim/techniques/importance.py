@@ -33,7 +33,7 @@ class ImportanceScaling(PeriodicTechnique):
         d = ‖θ − θ₀‖ / ‖θ₀‖   (over ‖θ‖ where θ₀ = 0; 0 where that is 0 too)
         c = 0.4·a/mean(a) + 0.3·d/mean(d) + 0.3·v/mean(v)      means over all measured parameters
         score <- decay · score + (1 − decay) · c               score starts at 1
-        factor = clip(score · adaptation_strength, 0.1, 3);   rate <- rate · factor / mean(factor)
+        factor = clip(1 + adaptation_strength · (score - 1), 0.1, 3);   rate <- rate · factor / mean(factor)
 
     ``c`` has mean 1: where a mean is 0 (nothing has moved yet), all count as equal to it. Only ratios enter, so the
     scale of the loss does not matter; the mean of the rates' factors is 1, so learning rate is redistributed and not
@@ -44,8 +44,9 @@ class ImportanceScaling(PeriodicTechnique):
     (shared) and six numbers a parameter, float32.
 
     Args:
-        adaptation_strength: Factor on the score before clipping, > 0. With 1 an average parameter lies well within the
-            bounds; far from it more and more scores meet the same bound, and get the same rate.
+        adaptation_strength: Factor on the distance of a score from 1, the average, > 0: 1 takes the score itself, less
+            adapts less, more adapts more, until scores meet a bound. (The original design multiplies the score; divided
+            by their mean, the factors would not show it.)
         decay: Share of the old score kept at each measurement, in [0, 1).
         interval: Steps from one measurement to the next, an integer >= 1.
 
@@ -138,7 +139,7 @@ class ImportanceScaling(PeriodicTechnique):
 
         fresh = usable & (flag == FRESH)
         score = torch.where(fresh, self.decay * score + (1 - self.decay) * combined, score)
-        factor = (score * self.adaptation_strength).clamp(LOWEST, HIGHEST)
+        factor = (1 + self.adaptation_strength * (score - 1)).clamp(LOWEST, HIGHEST)
         average = torch.where(usable, factor, 0).sum() / count
         rate = torch.where(usable, factor / torch.where(average > 0, average, 1), rate)
         raw = torch.cat((raw[:, :3], torch.where(flag == FRESH, USED, flag)[:, None]), dim=1)
