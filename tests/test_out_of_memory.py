@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -119,8 +118,8 @@ def test_the_watch_counts_what_takes_memory() -> None:
 @pytest.mark.parametrize(
     ("name", "dtype", "most"),
     [
-        ("adaptive", torch.float32, 10_000),
-        *((name, torch.float32, 20) for name in CASES if name != "adaptive"),
+        ("adamw", torch.float32, 10_000),
+        *((name, torch.float32, 20) for name in CASES if name != "adamw"),
         ("adaptive 8bit", torch.bfloat16, 20),
     ],
 )
@@ -190,11 +189,9 @@ def whole_elements(now: dict[str, Tensor], before: dict[str, Tensor], after: dic
     """Of a parameter that is updated in part, every element and its state are of one step."""
     names = [k for k in now if k.startswith("p3") and now[k].shape == now["p3"].shape]
     assert len(names) > 2
-    cuts = [0, 4096, 8192, 9000]
-    pieces = list(itertools.pairwise(cuts))
-    old = [all(torch.equal(now[k].view(-1)[a:b], before[k].view(-1)[a:b]) for k in names) for a, b in pieces]
-    new = [all(torch.equal(now[k].view(-1)[a:b], after[k].view(-1)[a:b]) for k in names) for a, b in pieces]
-    assert all(a or b for a, b in zip(old, new, strict=True)) and any(old) and any(new)
+    old = torch.stack([now[k] == before[k] for k in names]).all(0)
+    new = torch.stack([now[k] == after[k] for k in names]).all(0)
+    assert (old | new).all() and (old & ~new).any() and (new & ~old).any()
 
 
 def test_training_goes_on_after_a_step_that_was_cut_short() -> None:
@@ -234,17 +231,15 @@ def test_other_errors_pass_and_are_counted() -> None:
     """An interruption in the middle: what has taken the step has taken it, and no more."""
     params, optimizer = trained("adaptive")
 
-    class Interrupt(TorchDispatchMode):
-        count = 0
-
+    class Interrupt(Scarce):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.count += 1
-            if self.count == 250:
-                raise KeyboardInterrupt
-            return func(*args, **(kwargs or {}))
+            try:
+                return super().__torch_dispatch__(func, types, args, kwargs)
+            except torch.OutOfMemoryError:
+                raise KeyboardInterrupt from None
 
     before = [p.detach().clone() for p in params]
-    with pytest.raises(KeyboardInterrupt), Interrupt():
+    with pytest.raises(KeyboardInterrupt), Interrupt(allocations((params, optimizer)) * 2 // 3):
         optimizer.step()
     moved = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
     assert any(moved) and not all(moved)
@@ -309,4 +304,4 @@ def test_memory_is_set_aside_before_anything_changes(caplog: pytest.LogCaptureFi
             runner._reserve(programs)
         assert runner.max_bytes == pieces and bool(caplog.records) == (pieces < 64_000_000)
     runner.step(programs)
-    assert (p != 1).all()
+    assert [*runner.updated.values()] == [[(0, 1)]]

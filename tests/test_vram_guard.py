@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -358,6 +358,83 @@ def test_it_chooses_the_probe_of_the_device():
     fit([guard], steps=2)
     assert type(guard.probe) is ProcessProbe
     assert 0 < guard.probe.read().pressure < 1
+
+
+# -- before the first step, and when it is too late ------------------------------------------------------------------
+
+
+def test_the_first_step_is_in_the_prediction():
+    """What is in use fits; with gradients, state and the step's own memory on top it would not."""
+    model = Net(width=50_000)
+    state = 17 * 300_001
+    tight = MemoryReading(8 * GIB, int((8 * GIB + state) / 0.9))
+    guard = every_step(ScriptedProbe([tight]), hysteresis=0.0)
+    bar = Bar()
+    trainer = fit([guard, bar], model, steps=2, enable_progress_bar=True)
+    assert (guard.actions[0]["step"], guard.actions[0]["reason"]) == (0, "plan")
+    assert "bf16" in [a["rung"] for a in guard.actions[0]["reports"][0]["actions"]]
+    assert trainer.optimizers[0].param_groups[0]["use_lr_mask"]
+    assert any("VRAMGuard: plan memory pressure" in line for line in bar.lines)
+    roomy = MemoryReading(8 * GIB, 16 * GIB)
+    guard = every_step(ScriptedProbe([roomy]))
+    fit([guard], model, steps=2)
+    assert guard.actions == []
+
+
+class Bar(ProgressBar):
+    """What would be printed above the progress bar."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def disable(self):
+        pass
+
+    def enable(self):
+        pass
+
+    def print(self, *args, **kwargs):
+        self.lines.append(" ".join(map(str, args)))
+
+
+def test_what_is_known_is_written_down_when_memory_runs_out(tmp_path):
+    class Greedy(Net):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+            return super().training_step(batch, batch_idx)
+
+    guard = every_step(script(0.5), snapshot_dir=tmp_path / "memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        fit([guard], Greedy())
+    (path,) = (tmp_path / "memory").glob("*.json")
+    about = json.loads(path.read_text())
+    assert "Tried to allocate" in about["error"] and about["metrics"]["mem/used_gb"] == pytest.approx(5)
+    (one,) = about["optimizers"]
+    assert one["state_bytes"] > 0 and any("exp_avg" in line for line in one["plan"])
+
+
+def test_other_errors_write_nothing(tmp_path):
+    class Wrong(Net):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        fit([every_step(script(0.5), snapshot_dir=tmp_path)], Wrong())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_techniques_go_at_hard_pressure_only():
+    guard = every_step(script(0.92, 0.5))
+    trainer = fit([guard])
+    assert trainer.optimizers[0].param_groups[0]["use_lr_mask"]
+    guard = every_step(script(0.99, 0.5))
+    trainer = fit([guard])
+    assert not trainer.optimizers[0].param_groups[0]["use_lr_mask"]
+    guard = every_step(script(0.99, 0.5))
+    trainer = fit([guard], Net(emergency_simplify=False))
+    assert trainer.optimizers[0].param_groups[0]["use_lr_mask"]
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

@@ -269,11 +269,12 @@ class MemoryGuard:
         """The reason to act or None, and the bytes to give back; every rank comes to the same answer."""
         here = [pressure >= self.low, pressure >= self.soft, retried or pressure >= self.hard, max(0, needed)]
         strained, soft, hard, most = most_of_ranks(self.optimizers[0], *(int(x) for x in here))
-        self.armed = self.armed or not strained
+        # before the first step there are no activations: a low pressure is no relief
+        self.armed = self.armed or not (strained or planned)
         if self.actions and step - self.actions[-1]["step"] < self.cooldown_steps:
             return None, most
         if planned:
-            return ("plan" if soft and self.armed else None), most
+            return ("plan" if soft else None), most
         return ("hard" if hard else "soft" if soft and self.armed else None), most
 
     def _act(self, step: int, reason: str, needed: int, before: float) -> None:
