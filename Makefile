@@ -36,7 +36,7 @@ help:
 	@echo "make test     all tests that need no GPU               (ARGS=\"-k name\" selects)"
 	@echo "make check    lint, format and types"
 	@echo "make format   put the code into the house's format and repair what ruff can"
-	@echo "make bench    time of a step beside torch's AdamW"
+	@echo "make bench    time, memory and operators of a step beside torch's AdamW and others  (ARGS=\"--quick\", --help)"
 	@echo "make clean    remove caches and builds; runs/ and .venv stay (make distclean removes .venv too)"
 	@echo "Variables: PYTHON, PIP_ARGS, ARGS, MODEL, FRESH, WORKERS; the head of the Makefile explains them."
 
@@ -70,8 +70,9 @@ format: $(DEV)
 	@$(PY) -m ruff check --fix --exit-zero $(CODE)
 	@$(PY) -m ruff format $(CODE)
 
+bench: export KINETO_LOG_LEVEL := 5
 bench: $(DEV)
-	@$(PY) benchmarks/step_time.py $(ARGS)
+	@$(PY) -m benchmarks.bench $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -40,6 +40,7 @@ COUNT = Rule("an integer >= 0", lambda x: isinstance(x, int) and not isinstance(
 INTERVAL = Rule("an integer >= 1", lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1)
 INTEGER = Rule("an integer", lambda x: isinstance(x, int) and not isinstance(x, bool))
 FLAG = Rule("True or False", lambda x: isinstance(x, bool))
+HOST_OR_NONE = Rule('"cpu" or None', lambda x: x is None or x == "cpu")
 OPTIONAL_FLAG = Rule("True, False or None", lambda x: x is None or isinstance(x, bool))
 BETAS = Rule(
     "two numbers in [0, 1)",

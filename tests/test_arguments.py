@@ -18,6 +18,7 @@ GOOD = {
     "INTEGER": [-3, 0, 7],
     "FLAG": [True, False],
     "OPTIONAL_FLAG": [True, False, None],
+    "HOST_OR_NONE": ["cpu", None],
     "BETAS": [(0.9, 0.999), [0.0, 0.5]],
 }
 BAD = {
@@ -31,6 +32,7 @@ BAD = {
     "INTEGER": [1.0, "1", False],
     "FLAG": [0, 1, None, "True"],
     "OPTIONAL_FLAG": [0, "False"],
+    "HOST_OR_NONE": ["cuda", "", True],
     "BETAS": [(0.9,), (0.9, 1.0), (0.9, -0.1), (0.9, math.nan), 0.9, "ab", (0.9, 0.99, 0.999)],
 }
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from hina_optim import HinaAdaptive, create_optimizer
@@ -22,7 +18,10 @@ from hina_optim.memory.ladder import GIVEN_UP
 from hina_optim.memory.probes import GIB
 from hina_optim.state.conversion import PIECE
 from tests.every_optimizer import LR, NAMES, OPTIONS, give_large, large
+from tests.far_device import FAR, FarMode
+from tests.processes import on_ranks
 from tests.test_engine_memory import peak
+from tests.test_out_of_memory import Scarce, places
 
 TINY = 1e-9
 Named = list[tuple[str, nn.Parameter]]
@@ -137,7 +136,7 @@ def test_converting_takes_a_piece_more() -> None:
     full: list[int] = []
     most, _ = peak(run)
     assert full[0] > 15 * weights.numel()
-    assert most < full[0] + 4 * shape[0] * shape[1] + 12 * 4 * PIECE
+    assert most < full[0] + 4 * shape[0] * shape[1] + 2 * 4 * PIECE
 
 
 @pytest.mark.parametrize("shape", [(1500, 900), (900, 50, 30), (2_000_001,), (3, 700_000)])
@@ -222,21 +221,6 @@ def test_a_bad_budget_is_named() -> None:
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-def on_ranks(size: int, run: Callable[..., None], *args: Any) -> None:
-    """Run in forked processes that are connected by gloo."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_entry, (run, size, folder, args), nprocs=size, start_method="fork")
-
-
-def _entry(rank: int, run: Callable[..., None], size: int, folder: str, args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    try:
-        run(rank, *args)
-    finally:
-        dist.destroy_process_group()
-
-
 def _one_rank_is_short(rank: int, folder: str) -> None:
     _, optimizer = trained(1)
     used = used_bytes(optimizer)
@@ -262,7 +246,7 @@ def _budget_on_one_rank(rank: int) -> None:
     assert precisions(optimizer) == ["8bit"]
 
 
-SMALL = LADDER[:3]
+SMALL = LADDER[:4]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -273,3 +257,63 @@ def test_all_ranks_take_the_rungs_that_one_needs(size: int, tmp_path: Path) -> N
 
 def test_all_ranks_begin_in_the_precision_that_one_needs() -> None:
     on_ranks(2, _budget_on_one_rank)
+
+
+# -- to the host -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_on_the_host_counts_no_more() -> None:
+    """With a device that says it is another: anchors, then all state, and back."""
+    with FarMode():
+        named = [(name, nn.Parameter(p.detach().to(FAR))) for name, p in large()]
+        optimizer = HinaAdaptive(named, lr=LR, emergency_simplify=False)
+        for _, p in named:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        full, held = used_bytes(optimizer), optimizer.state_bytes()
+        report = optimize_for_vram(optimizer, TINY)
+        assert [a["rung"] for a in report["actions"]] == ["anchor_device=cpu", "bf16", "8bit", "state_device=cpu"]
+        assert [a["bytes_saved"] for a in report["actions"]] == [a["bytes_predicted"] for a in report["actions"]]
+        assert {optimizer.state[p]["exp_avg"].device.type for _, p in named} == {"cpu"}
+        optimizer.step()
+        report = relax_vram(optimizer, 1.0)
+        assert report["reached"] and [a["rung"] for a in report["actions"]][-1] == "anchor_device=cpu"
+        assert (used_bytes(optimizer), optimizer.state_bytes()) == (full, held)
+        assert {optimizer.state[p]["exp_avg"].device.type for _, p in named} == {FAR.type}
+
+
+# -- out of memory -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_out_of_memory_while_converting_leaves_all_state_whole(up: bool) -> None:
+    """At any allocation: what was learned is there, the optimizer steps on, and the next walk finishes the work."""
+    _, base = trained(2)
+    if up:
+        optimize_for_vram(base, below(base, 2))
+
+    def walk(optimizer: HinaOptimizer) -> None:
+        if up:
+            relax_vram(optimizer, 1.0)
+        else:
+            optimize_for_vram(optimizer, TINY, SMALL)
+
+    walk(copy.deepcopy(base))  # tables of codes are made once
+    done = copy.deepcopy(base)
+    with Scarce() as watch:
+        walk(done)
+    for first in places(watch.count, 24):
+        optimizer = copy.deepcopy(base)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        learned = [optimizer._buckets.decoded(p, "exp_avg") for p in params]
+        with pytest.raises(torch.OutOfMemoryError), Scarce(first):
+            walk(optimizer)
+        for p, before in zip(params, learned, strict=True):
+            now = optimizer._buckets.decoded(p, "exp_avg")
+            assert before is not None and now is not None
+            assert (now - before).abs().max() <= 0.02 * before.abs().max()
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        walk(optimizer)
+        assert precisions(optimizer) == precisions(done)
+        assert optimizer.state_bytes() == done.state_bytes()

@@ -310,7 +310,7 @@ def test_the_ladder_releases_scratch_before_it_touches_state():
             freed, self.buffer = self.scratch_bytes(), torch.zeros(0)
             return freed
 
-    assert [rung.name for rung in LADDER][:3] == ["scratch", "bf16", "8bit"]
+    assert [rung.name for rung in LADDER][:4] == ["scratch", "anchor_device=cpu", "bf16", "8bit"]
     model = nn.Linear(10, 10)
     optimizer = Buffered(model.parameters(), lr=1e-4)
     optimizer.init_state()

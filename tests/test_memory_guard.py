@@ -14,7 +14,7 @@ from torch import nn
 from hina_optim import HinaAdaptive
 from hina_optim.memory import MemoryGuard, MemoryReading, ScriptedProbe, trainer_callback
 from hina_optim.memory.probes import GIB
-from tests.test_ladder import on_ranks
+from tests.processes import on_ranks
 
 LIMIT = 10 * GIB
 

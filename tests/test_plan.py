@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import hina_optim
 from hina_optim import create_optimizer, list_optimizers
@@ -19,7 +21,9 @@ from hina_optim.memory import BudgetError, plan, plan_of
 from hina_optim.memory.probes import GIB
 from hina_optim.memory.shards import local_shapes
 from tests.every_optimizer import LR, NAMES, OPTIONS, give_large, large
+from tests.processes import on_ranks
 from tests.shards import ThreadLayout, World
+from tests.test_engine_memory import peak
 
 PRECISIONS = ["fp32", "bf16", "8bit"]
 
@@ -139,7 +143,7 @@ def cuts(sharding: str, named: list[tuple[str, nn.Parameter]], size: int, rank: 
     return ranges
 
 
-def on_ranks(name: str, sharding: str, size: int, arguments: dict[str, Any]) -> list[dict[str, dict[str, int]]]:
+def on_threads(name: str, sharding: str, size: int, arguments: dict[str, Any]) -> list[dict[str, dict[str, int]]]:
     """What the optimizers of all ranks hold, each in a thread of its own."""
     world = World(size)
     found: list[Any] = [None] * size
@@ -179,7 +183,7 @@ def on_ranks(name: str, sharding: str, size: int, arguments: dict[str, Any]) -> 
 def test_on_every_rank(name: str, precision: str, sharding: Any) -> None:
     """Uneven shards, and empty ones: seven rows on three ranks, a kernel on none of some."""
     arguments = {**OPTIONS[name], "lr": LR, "state_precision": precision}
-    ranks = on_ranks(name, sharding, 3, arguments)
+    ranks = on_threads(name, sharding, 3, arguments)
     named = large()
     whole = {"world_size": 3, "sharding": sharding, **arguments}
     for rank, real in enumerate(ranks):
@@ -200,6 +204,44 @@ def test_gradients_and_copies_of_shards() -> None:
         planned = plan(shapes, world_size=4, sharding=sharding, rank=0)  # type: ignore[arg-type]
         assert (planned.parameter_bytes, planned.master_bytes, planned.gradient_bytes) == expected, sharding
         assert planned.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "count", "more"),
+    [
+        ("HinaAdaptive", (64, 32), 300, {}),
+        ("HinaAdaptive", (1500, 700), 1, {}),
+        ("HinaAdaptive", (1500, 700), 1, {"max_buffer_memory_mb": 8}),
+        ("Automagic_CameAMP_COptim", (600, 500), 3, {"state_precision": "8bit"}),
+        ("Automagic_CameAMP_Improved", (600, 500), 2, {}),
+        ("HinaAdamWOptimizer", (300_001,), 1, {"state_precision": "8bit"}),
+    ],
+)
+def test_a_step_takes_no_more_than_planned(name: str, shape: tuple[int, ...], count: int, more: dict[str, Any]) -> None:
+    params = [nn.Parameter(torch.randn(shape)) for _ in range(count)]
+    optimizer = create_optimizer(name, params, lr=LR, **more)
+    optimizer.init_state()
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    most, _ = peak(optimizer.step)
+    bound = plan_of(optimizer).temporary_bytes
+    assert 0.4 * bound < most < bound
+
+
+def _fully_sharded(rank: int, size: int) -> None:
+    """The pieces that FSDP2 really makes."""
+    mesh = init_device_mesh("cpu", (size,))
+    model = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 1), nn.Conv2d(2, 5, 3))
+    shapes = [tuple(p.shape) for p in model.parameters()]
+    fully_shard(model, mesh=mesh)
+    real = [tuple(p.to_local().shape) for p in model.parameters()]  # type: ignore[attr-defined]
+    assert local_shapes(shapes, [0] * len(shapes), "fsdp", size, rank) == real
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_pieces_of_fsdp_are_real_ones(size: int) -> None:
+    on_ranks(size, _fully_sharded, size)
 
 
 def test_pieces_are_complete() -> None:
@@ -251,13 +293,13 @@ def test_which_rung_fits() -> None:
     planned = plan(shapes)
     assert planned.rung is None and all(rung.fits is None for rung in planned.rungs)
     names = [rung.name for rung in planned.rungs]
-    assert names[:3] == ["as built", "bf16", "8bit"] and "use_lr_mask=False" in names
+    assert names[:5] == ["as built", "anchor_device=cpu", "bf16", "8bit", "state_device=cpu"]
     totals = [rung.total_bytes for rung in planned.rungs]
     assert totals == sorted(totals, reverse=True) and totals[0] == planned.total_bytes
     for rung in planned.rungs:
         assert plan(shapes, vram_gb=(rung.total_bytes + 1) / GIB).rung == rung.name
     assert plan(shapes, vram_gb=(totals[-1] - 1000) / GIB).rung is None
-    kept = plan(shapes, emergency_simplify=False)
+    kept = plan(shapes, emergency_simplify=False, device="cpu")  # where there is no other place
     assert [rung.name for rung in kept.rungs] == ["as built", "bf16", "8bit"]
     assert [rung.name for rung in plan(shapes, memory_efficient=False).rungs] == ["as built"]
 
@@ -273,6 +315,22 @@ def test_every_rung_of_a_plan_comes_true(name: str) -> None:
         report = hina_optim.memory.optimize_for_vram(optimizer, short)
         assert [action["rung"] for action in report["actions"]] == [rung.name]
         assert optimizer.state_bytes() == rung.state_bytes
+
+
+def test_state_on_the_host() -> None:
+    shapes = {"a": (1000, 1000), "b": (512, 512)}
+    count = 1000 * 1000 + 512 * 512
+    usual = plan(shapes)
+    anchors = plan(shapes, anchor_device="cpu")
+    assert (anchors.host_bytes, anchors.state_bytes) == (4 * count, usual.state_bytes)
+    assert anchors.total_bytes == usual.total_bytes - 4 * count
+    everything = plan(shapes, state_device="cpu", state_precision="8bit")
+    assert everything.host_bytes == sum(sum(everything.state[n].values()) for n in LIKE)
+    assert "of it on the host" in str(everything) and "of it on the host" not in str(usual)
+    assert plan(shapes, state_device="cpu", device="cpu").host_bytes == 0
+
+
+LIKE = ("exp_avg", "exp_avg_sq", "lr_mask", "last_sign", "anchor")
 
 
 def test_a_budget_below_the_parameters_is_an_error_with_the_plan() -> None:

@@ -22,6 +22,7 @@ from hina_optim.engine.bucket import KAHAN, SOLO_NUMEL, Bucket, BucketKey, Membe
 from hina_optim.engine.identities import Identities
 from hina_optim.engine.plan import check_recipe
 from hina_optim.engine.program import Program
+from hina_optim.engine.transfers import HOST
 from hina_optim.state.precision import Storage, codec_for
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import ParamInfo, Technique
@@ -194,7 +195,7 @@ class Buckets:
         opt = self._optimizer
         for key, same in groups.items():
             chain, slots = recipes[key.group, key.info, key.dtype]
-            bucket = Bucket(key, same, opt.param_groups[key.group], slots, chain)
+            bucket = Bucket(key, same, opt.param_groups[key.group], slots, chain, opt._transfers)
             for m in same:
                 opt.state[m.param] = m.state
                 self._of[m.param] = bucket
@@ -253,7 +254,8 @@ class Buckets:
                         f"{tuple(have.shape)}: the parameter changed its shape after the optimizer began. Build a new "
                         "optimizer for it, or delete optimizer.state[parameter] to begin afresh."
                     )
-                if have.device != m.param.device:
+                hosted = Storage.of(group).hosts(slot) and have.device == HOST
+                if have.device != m.param.device and not hosted:
                     raise RuntimeError(
                         f"parameter {m.name} is on {m.param.device}, but its state {slot.name!r} is on {have.device}: "
                         "move the model before building the optimizer, or load the optimizer's state_dict again "
@@ -298,8 +300,18 @@ class Buckets:
             if not bucket.views_hold(self._optimizer.state):
                 self._drop(bucket)
 
-    def check_loaded(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """Raise ValueError unless loaded state is what the recipes of the loaded groups keep."""
+    def check_loaded(
+        self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
+    ) -> dict[Tensor, set[str]]:
+        """Check that loaded state is what the recipes of the loaded groups keep.
+
+        Returns:
+            For every parameter the names of what belongs into host memory.
+
+        Raises:
+            ValueError: It is not.
+        """
+        hosted: dict[Tensor, set[str]] = {}
         opt = self._optimizer
         owner = type(opt).__name__
         for g, m in self.identities.members(list(state)):
@@ -312,6 +324,8 @@ class Buckets:
                     part = slot.name + suffix
                     known.add(part)
                     have = entry.get(part)
+                    if Storage.of(group).hosts(slot):
+                        hosted.setdefault(m.param, set()).add(part)
                     if not isinstance(have, Tensor):
                         raise ValueError(
                             f"{owner}: the state of {m.name} lacks {part!r}: the checkpoint is truncated, or "
@@ -332,6 +346,7 @@ class Buckets:
                     f"{owner}: the state of {m.name} has {', '.join(unknown)}, which this optimizer does not "
                     f"keep: another optimizer's checkpoint."
                 )
+        return hosted
 
     def clear(self) -> None:
         """Let go of all buckets and the memory that they hold."""
@@ -378,8 +393,28 @@ class Buckets:
         self.ensure([p for _, _, p in self.identities.places() if opt.state.get(p)])
         for group, options in zip(opt.param_groups, changes, strict=True):
             group.update(options)
-        self._check_options()
+        try:
+            self._check_options()
+        except BaseException:
+            self._options.clear()  # what is not converted yet will be at the next occasion
+            raise
         self._form_waiting()
+
+    def rehouse(self, option: str, device: str | None) -> None:
+        """Move state that exists to where an option says from now on."""
+        opt = self._optimizer
+        self._check_options()
+        self.ensure([p for _, _, p in self.identities.places() if opt.state.get(p)])
+        for group in opt.param_groups:
+            group[option] = device
+        self._check_options()
+
+    def host_bytes(self) -> int:
+        """Bytes of state that are in host memory for parameters elsewhere."""
+        self._drop_stale()
+        self._form_waiting()
+        buckets = dict.fromkeys(self._of.values())
+        return sum(b.storage[part].nbytes for b in buckets for part in b.hosted_parts)
 
     def state_bytes(self, precision: str | None) -> int:
         """Bytes of state held, or what all trainable parameters would hold in ``precision``."""

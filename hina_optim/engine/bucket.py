@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hina_optim.engine.layout import Shard
+from hina_optim.engine.transfers import HOST, Transfers
 from hina_optim.state.conversion import converted
 from hina_optim.state.precision import Codec, Storage, codec_for, compute_dtype
 from hina_optim.state.slot import Slot
@@ -63,6 +64,7 @@ class Bucket:
 
     Attributes:
         storage: ``{state name: [N, …]}`` as stored (not decoded).
+        hosted: Names of the slots whose stacks are in host memory.
         steps: float32 ``[N]`` on the CPU, equal numbers: steps in which the parameters had a gradient.
         step: The same number on the host.
         skipped: float32 ``[N]`` on the device: those of them that were left out, the gradient not being finite.
@@ -75,8 +77,10 @@ class Bucket:
         group: dict[str, Any],
         slots: Sequence[Slot],
         chain: Sequence[Technique],
+        transfers: Transfers,
     ) -> None:
         self.key = key
+        self.transfers = transfers
         self.members = list(members)
         self.params = [m.param for m in members]
         self.group = group
@@ -87,6 +91,7 @@ class Bucket:
         self.step = key.step
         storage = Storage.of(group)
         self.codecs: dict[str, Codec] = {s.name: codec_for(s, storage, key.dtype, key.info.shape) for s in self.slots}
+        self.hosted = self._hosted(storage)
         # wrapped to 32 bits: from the 128th group on, a position needs more
         self.keys = torch.tensor([m.key for m in members]).to(torch.int32).to(key.device)
         self.storage: dict[str, Tensor] = {}
@@ -105,6 +110,19 @@ class Bucket:
         """Local elements of one parameter."""
         return int(torch.Size(self.key.local_shape).numel())
 
+    def _hosted(self, storage: Storage) -> frozenset[str]:
+        if not self.transfers.serves(self.key.device):
+            return frozenset()
+        return frozenset(s.name for s in self.slots if storage.hosts(s)) - self.key.zero_anchors
+
+    @property
+    def hosted_parts(self) -> frozenset[str]:
+        """State names of what is in host memory."""
+        return frozenset(name + suffix for name in self.hosted for suffix in self.codecs[name].parts)
+
+    def _home(self, slot: Slot) -> torch.device:
+        return HOST if slot.name in self.hosted else self.key.device
+
     def part_shapes(self, slot: Slot) -> dict[str, tuple[int, ...]]:
         """State name → stored shape without the batch dimension, for the parts of a slot."""
         codec = self.codecs[slot.name]
@@ -116,12 +134,14 @@ class Bucket:
     def _adopt(self) -> None:
         """Take over every member's state (allocating what is not there) and make the members' state views of it.
 
-        Every stack is built before any view is replaced: running out of memory in between changes nothing.
+        Every stack is built before any view is replaced: running out of memory in between changes nothing. State that
+        a framework has moved to the parameter's device goes back to the host where it belongs there.
         """
+        self.transfers.wait()
         n, device = self.size, self.key.device
         stacks: dict[str, Tensor] = {}
         for slot in self.slots:
-            codec = self.codecs[slot.name]
+            codec, home = self.codecs[slot.name], self._home(slot)
             shapes = self.part_shapes(slot)
             fresh: dict[str, Tensor] | None = None
             for (part, shape), dtype in zip(shapes.items(), codec.parts.values(), strict=True):
@@ -132,16 +152,18 @@ class Bucket:
                     stacks[part] = fresh[part]
                 elif n == 1:
                     # contiguous, because a chunk is a range of its flat view
-                    stacks[part] = self.members[0].state[part].unsqueeze(0).to(dtype).contiguous()
+                    stacks[part] = self.members[0].state[part].unsqueeze(0).to(home, dtype).contiguous()
                 else:
                     stacks[part] = torch.stack(
                         [
-                            fresh[part][i] if fresh is not None and missing[i] else m.state[part].to(dtype)
+                            fresh[part][i] if fresh is not None and missing[i] else m.state[part].to(home, dtype)
                             for i, m in enumerate(self.members)
                         ]
                     )
                 if stacks[part].shape != (n, *shape):
                     raise RuntimeError(f"state {part!r} has shape {tuple(stacks[part].shape[1:])}, expected {shape}")
+                if slot.name in self.hosted:
+                    stacks[part] = self.transfers.keep(stacks[part], device)
         steps = torch.full((n,), float(self.step))
         skipped = [m.state.get("skipped") for m in self.members]
         blank = torch.zeros((), device=device)
@@ -160,15 +182,17 @@ class Bucket:
 
     def _initial(self, slot: Slot) -> dict[str, Tensor]:
         """The first value of a slot for all members, stored."""
-        n, device, dtype = self.size, self.key.device, self.key.dtype
+        n, device, dtype = self.size, self._home(slot), self.key.dtype
         codec = self.codecs[slot.name]
         shape = slot.local_shape(self.key.local_shape)
         if slot.name in self.key.zero_anchors:
             return {slot.name: torch.zeros(n, dtype=dtype, device=device)}
         if slot.init == "param":
             # clone keeps the exact bits, whatever the codec computes in
-            value = torch.stack([p.detach() for p in self.params]) if n > 1 else self.params[0].detach()[None].clone()
-            value = value.contiguous()
+            if n > 1:
+                value = torch.stack([p.detach().to(device) for p in self.params]).contiguous()
+            else:
+                value = self.params[0].detach()[None].to(device, copy=True).contiguous()
             if slot.precision == "param":
                 return {slot.name: value}
         else:
@@ -195,20 +219,24 @@ class Bucket:
 
     def decoded(self, member: Member, name: str) -> Tensor:
         """The value of one slot of one of its parameters, as it is computed with."""
-        codec = self.codecs[name]
-        return codec.decode({suffix: member.state[name + suffix][None] for suffix in codec.parts})[0]
+        self.transfers.wait()
+        codec, device = self.codecs[name], self.key.device
+        return codec.decode({suffix: member.state[name + suffix][None].to(device) for suffix in codec.parts})[0]
 
     def stored_as(self, storage: Storage) -> bool:
-        """Whether every slot is stored as ``storage`` asks."""
-        return all(self.codecs[s.name] == codec_for(s, storage, self.key.dtype, self.info.shape) for s in self.slots)
+        """Whether every slot is stored as ``storage`` asks, and where."""
+        return self.hosted == self._hosted(storage) and all(
+            self.codecs[s.name] == codec_for(s, storage, self.key.dtype, self.info.shape) for s in self.slots
+        )
 
     def convert(self, storage: Storage, slots: Sequence[Slot]) -> None:
-        """Store the state in another way, one slot at a time; a slot is replaced only once its copy exists.
+        """Store the state in another way or place, one slot at a time; one is replaced only once its copy exists.
 
         Args:
             storage: How.
             slots: What is kept from now on; of slots that are here already, codes may be others.
         """
+        self.transfers.wait()
         known = {slot.name: slot for slot in slots}
         self.slots = tuple(known.get(slot.name, slot) for slot in self.slots)
         self.views = []  # they would keep what is replaced
@@ -222,10 +250,17 @@ class Bucket:
     def _convert_slot(self, slot: Slot, storage: Storage) -> None:
         old = self.codecs[slot.name]
         new = codec_for(slot, storage, self.key.dtype, self.info.shape)
-        if new == old or slot.name in self.key.zero_anchors:
+        goes = slot.name in self._hosted(storage)
+        if slot.name in self.key.zero_anchors or (new == old and goes == (slot.name in self.hosted)):
             return
-        parts = {suffix: self.storage[slot.name + suffix] for suffix in old.parts}
-        encoded = converted(old, new, parts, slot.local_shape(self.key.local_shape))
+        encoded = {suffix: self.storage[slot.name + suffix] for suffix in old.parts}
+        if new != old:
+            encoded = converted(old, new, encoded, slot.local_shape(self.key.local_shape))
+        if goes:
+            encoded = {suffix: self.transfers.keep(part, self.key.device) for suffix, part in encoded.items()}
+        else:
+            encoded = {suffix: part.to(self.key.device) for suffix, part in encoded.items()}
+        self.hosted = self.hosted | {slot.name} if goes else self.hosted - {slot.name}
         for suffix in old.parts:
             del self.storage[slot.name + suffix]
         self.storage.update({slot.name + suffix: part for suffix, part in encoded.items()})

@@ -7,7 +7,7 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from hina_optim.engine.exhaustion import before_any_change
 from hina_optim.engine.layout import Layout, LocalLayout
 from hina_optim.engine.program import Program
 from hina_optim.engine.runner import Runner
+from hina_optim.engine.transfers import Transfers
 from hina_optim.state import checkpoint
 from hina_optim.state.precision import PRECISIONS
 from hina_optim.techniques.base import ParamInfo, Technique
@@ -38,6 +39,8 @@ ENGINE_RULES: dict[str, rule.Rule] = {
     "compile": rule.OPTIONAL_FLAG,
     "min_8bit_size": rule.COUNT,
     "force_8bit": rule.FLAG,
+    "state_device": rule.HOST_OR_NONE,
+    "anchor_device": rule.HOST_OR_NONE,
 }
 
 #: What they are where a subclass does not say.
@@ -49,6 +52,8 @@ ENGINE_DEFAULTS: dict[str, Any] = {
     "compile": None,
     "min_8bit_size": 4096,
     "force_8bit": False,
+    "state_device": None,
+    "anchor_device": None,
 }
 
 
@@ -96,6 +101,7 @@ class HinaOptimizer(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._names: list[list[str] | None] = []
         self._layout: Layout = LocalLayout()
+        self._transfers = Transfers()
         self._buckets = Buckets(self)
         self._loss: Tensor | None = None
         self._said_no_loss = False
@@ -236,7 +242,7 @@ class HinaOptimizer(torch.optim.Optimizer):
                 agreed = self._agreed_loss(programs)
         if work:
             budget = min(int(b.group["max_buffer_memory_mb"] * 1e6) for b in work)
-            runner = Runner(self._layout, budget, agreed)
+            runner = Runner(self._layout, budget, agreed, self._transfers)
             try:
                 runner.step(programs)
             finally:  # whatever ends a step early: what it has updated has taken a step
@@ -352,6 +358,42 @@ class HinaOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             self._buckets.change(changes)
 
+    def set_state_device(self, device: Literal["cpu"] | None) -> int:
+        """Move the state of the parameters' shapes to host memory, or back to the parameters, and keep it there.
+
+        From then on a step fetches it piece by piece and writes it back; what it computes stays the same, to the bit.
+
+        Args:
+            device: ``"cpu"``, or None for where the parameters are.
+
+        Returns:
+            Bytes that left the parameters' devices (negative when they came back); 0 for parameters on the CPU.
+        """
+        return self._rehouse("state_device", device)
+
+    def set_anchor_device(self, device: Literal["cpu"] | None) -> int:
+        """The same for the weights before the first update only, which some techniques keep."""
+        return self._rehouse("anchor_device", device)
+
+    def _rehouse(self, option: str, device: str | None) -> int:
+        rule.check(type(self).__name__, option, device, rule.HOST_OR_NONE)
+        before = self.host_state_bytes()
+        with torch.no_grad():
+            self._buckets.rehouse(option, device)
+        self.defaults[option] = device
+        return self.host_state_bytes() - before
+
+    def host_state_bytes(self) -> int:
+        """Bytes of state in host memory that belong to parameters on other devices; part of :meth:`state_bytes`."""
+        return self._buckets.host_bytes()
+
+    def wait_for_state(self) -> None:
+        """Return when state in host memory is what the last step made of it.
+
+        Everything here that reads state waits by itself; to be called before reading such tensors in ``state``.
+        """
+        self._transfers.wait()
+
     def scratch_bytes(self) -> int:
         """Bytes of temporary memory that the engine keeps between steps: none, they live inside a step only."""
         return 0
@@ -373,6 +415,7 @@ class HinaOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State, groups, and under ``"hina"`` what lets :meth:`load_state_dict` check that they belong here."""
         self._buckets.conform()
+        self._transfers.wait()
         result = super().state_dict()
         result["state"] = {k: checkpoint.unstacked(state) for k, state in result["state"].items()}
         result["hina"] = checkpoint.describe(self)
@@ -400,6 +443,7 @@ class HinaOptimizer(torch.optim.Optimizer):
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
+        self._transfers.wait()
         state = defaultdict(dict, {p: checkpoint.unstacked(state) for p, state in self.state.items()})
         kept = {"names": self._names, "aliases": self._buckets.identities.aliases, "alone": self._buckets.alone()}
         return {**super().__getstate__(), "state": state, **kept}
@@ -413,6 +457,7 @@ class HinaOptimizer(torch.optim.Optimizer):
         if not hasattr(self, "_layout"):
             self._layout = LocalLayout()
         self._loss, self._said_no_loss = None, False
+        self._transfers = Transfers()
         self._buckets = Buckets(self)
         self._buckets.identities.aliases = dict(aliases)
         for g, known in enumerate(self._names):

@@ -7,6 +7,7 @@ tensors it was given.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from hina_optim.engine.bucket import KAHAN, Bucket
 from hina_optim.engine.layout import Shard
 from hina_optim.engine.plan import Segment, plan_segments
+from hina_optim.engine.transfers import Pieces
 from hina_optim.state.precision import compute_dtype
 from hina_optim.state.rounding import element_noise, round_stochastic
 from hina_optim.techniques.base import ByColumn, ByRow, Flow, Folded, PeriodicTechnique, Sums, Technique
@@ -78,6 +80,8 @@ class Program:
         needs_rows: Whether rows and columns are told apart: then a large matrix is cut between rows.
         coded_rows: Whether state is stored in blocks within rows.
         reads_loss: Whether any technique reads the loss.
+        asked: For every segment, what of the state in host memory it (or any, under -1) was seen to use: what is to be
+            brought for it the next time.
     """
 
     def __init__(self, bucket: Bucket, measuring: frozenset[str], compiled: bool) -> None:
@@ -88,6 +92,7 @@ class Program:
         self.chain: tuple[Technique, ...] = (FiniteGuard(), *acting)
         self.segments: tuple[Segment, ...] = plan_segments(self.chain, self.info, measuring)
         self.measuring = measuring
+        self.asked: dict[int, frozenset[str]] = {}
         self.needs_whole = any(s.whole is not None for s in self.segments)
         self.coded_rows = any(codec.by_rows for codec in bucket.codecs.values())
         self.needs_rows = self.coded_rows or any(one.by_rows and one.applies(self.info) for one in acting)
@@ -163,13 +168,10 @@ class Program:
     def _flow(self, stored: Values, scalars: Values, carry: Values, start: bool) -> Flow:
         ndim = stored["grad"].ndim
         state = {k[6:]: v for k, v in carry.items() if k.startswith("state.")}
-        for slot in self.bucket.slots if not state else ():
-            codec = self.bucket.codecs[slot.name]
-            if slot.name in self.bucket.key.zero_anchors:
-                zero = stored[slot.name].to(self.compute)
-                state[slot.name] = zero.reshape(zero.shape[0], *([1] * (ndim - 1)))
-            else:
-                state[slot.name] = codec.decode({s: stored[slot.name + s] for s in codec.parts})
+        if isinstance(stored, Pieces):
+            state = States(state, functools.partial(self._decode, stored=stored, ndim=ndim))
+        elif not state:
+            state = {slot.name: self._decode(slot.name, stored, ndim) for slot in self.bucket.slots}
         values = {k: v for k, v in carry.items() if not k.startswith(("new.", "state."))}
         new = {k[4:]: v for k, v in carry.items() if k.startswith("new.")}
         if start:
@@ -177,6 +179,14 @@ class Program:
             values["lr"] = values["rate"] = scalars["lr"]
             values |= {name: scalars[name] for name in ("index", "row_index", "column_index") if name in scalars}
         return Flow(values, state, new, scalars, self.info)
+
+    def _decode(self, name: str, stored: Values, ndim: int) -> Tensor:
+        """A slot as it is computed with."""
+        codec = self.bucket.codecs[name]
+        if name in self.bucket.key.zero_anchors:
+            zero = stored[name].to(self.compute)
+            return zero.reshape(zero.shape[0], *([1] * (ndim - 1)))
+        return codec.decode({suffix: stored[name + suffix] for suffix in codec.parts})
 
     def _segment(self, i: int, flow: Flow, totals: list[Values], whole: Values) -> Values:
         segment = self.segments[i]
@@ -272,6 +282,8 @@ class Program:
                 noise = element_noise(seeds, index.to(torch.int32), self.streams[name])
             for suffix, part in codec.encode(value, noise).items():
                 have = stored[name + suffix]
+                if isinstance(stored, Pieces):
+                    stored.written.add(name + suffix)
                 keep = ok.reshape(-1, *([1] * (have.ndim - 1)))
                 writes.append(Write.blend(have, part.reshape(have.shape), keep))
         writes.append(Write.blend(old, written, ok))
@@ -279,6 +291,18 @@ class Program:
             writes.append(Write("add", stored["skipped"], 1 - ok.reshape(-1)))
         for write in writes:
             write()
+
+
+class States(dict[str, Tensor]):
+    """State by slot, decoded when it is asked for."""
+
+    def __init__(self, known: Values, decode: Callable[[str], Tensor]) -> None:
+        super().__init__(known)
+        self._decode = decode
+
+    def __missing__(self, name: str) -> Tensor:
+        value = self[name] = self._decode(name)
+        return value
 
 
 class Write(NamedTuple):

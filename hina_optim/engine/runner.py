@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, ClassVar, TypeVar
 
@@ -20,11 +18,12 @@ import torch
 from torch import Tensor
 
 from hina_optim.engine.bucket import Bucket
+from hina_optim.engine.cells import CPU_CHUNK, GRAIN, KEPT_VALUES, LIVE_VALUES, Cell, cut
 from hina_optim.engine.exhaustion import UNCHANGED, ExhaustionError, attempt, give_back, is_out_of_memory
 from hina_optim.engine.layout import Layout
 from hina_optim.engine.program import Inputs, Program, Values, piece
+from hina_optim.engine.transfers import Pieces, Transfers
 from hina_optim.state.precision import compute_dtype
-from hina_optim.state.rounding import param_seeds
 
 __all__ = ["Runner"]
 
@@ -32,43 +31,8 @@ log = logging.getLogger("hina_optim")
 
 T = TypeVar("T")
 
-#: Values alive at once, per element, while a segment runs (measured: 34 with the default techniques).
-LIVE_VALUES = 40
-#: Those of them that are kept from one segment to the next.
-KEPT_VALUES = 16
-#: Chunks begin at multiples of this many elements, which is a multiple of every fold (techniques.base.Folded); those
-#: that are cut between rows, at multiples of FOLD.
-GRAIN = 4096
-FOLD = 64
 #: Bytes of temporary memory with which a step makes do if it must.
 SMALLEST_BUFFER = 8_000_000
-#: On a CPU, eager chunks are small enough for the values in flight to stay in its caches.
-CPU_CHUNK = 1 << 17
-
-
-@dataclass
-class Cell:
-    """Parameters ``first … stop-1`` of a bucket; of a single one, optionally only elements ``begin … end-1``.
-
-    A chunk is cut from the flat parameter, or, with ``by_rows``, along its first dimension: the way for techniques and
-    codecs that tell rows apart, and for a parameter whose memory is not contiguous (channels last), which cannot be
-    flattened without a copy.
-    """
-
-    bucket: Bucket
-    program: Program
-    first: int
-    stop: int
-    begin: int
-    end: int
-    chunked: bool
-    by_rows: bool
-    last: bool
-    measured_scalars: Values
-    carry: Values | None = None
-    totals: list[Values] = field(default_factory=list)
-    inputs: Inputs | None = None
-    whole: Values = field(default_factory=dict)
 
 
 class Runner:
@@ -78,19 +42,24 @@ class Runner:
         layout: Where elements lie.
         max_bytes: Bound on temporary memory (a complete matrix that a technique needs whole may exceed it).
         loss: 0-d, the loss that was reported for this step; None where none was.
+        transfers: Brings state from host memory, and takes it back.
     """
 
     #: Devices on which memory is set aside before the first cell: those whose allocator keeps what it once had.
     RESERVING: ClassVar[frozenset[str]] = frozenset({"cuda"})
 
-    def __init__(self, layout: Layout, max_bytes: int, loss: Tensor | None = None) -> None:
+    def __init__(
+        self, layout: Layout, max_bytes: int, loss: Tensor | None = None, transfers: Transfers | None = None
+    ) -> None:
         self.layout = layout
+        self.transfers = transfers or Transfers()
         self.max_bytes = max_bytes
         self.loss = loss
         #: bucket → ranges of its parameters that this step has updated, weights and state
         self.updated: dict[Bucket, list[tuple[int, int]]] = {}
         #: name of a parameter of which some chunks are updated and others not yet
         self.torn: str | None = None
+        self._ahead: list[Cell] = []  # cells whose state is on its way
         self._short = False  # memory ran out in this step: keep nothing that can be computed again
 
     def step(self, work: Sequence[tuple[Bucket, Program]]) -> None:
@@ -104,16 +73,41 @@ class Runner:
         """
         try:
             self._reserve(work)
-            if self.layout.sharded:
-                self._domain([cell for bucket, program in work for cell in self._cells(bucket, program)])
-                return
-            for bucket, program in work:
-                for _, domain in groupby(self._cells(bucket, program), key=lambda cell: cell.first):
-                    self._domain(list(domain))
+            self.transfers.begin({bucket.key.device for bucket, _ in work})
+            domains = self._domains(work)
+            cells = next(domains, None)
+            while cells:
+                following = next(domains, None)
+                self._domain(cells, following[0] if following else None)
+                cells = following
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, ExhaustionError) or not is_out_of_memory(error):
                 raise
             raise ExhaustionError(f"{error}\n{self._outcome(work)}") from error
+        finally:
+            self._drop_ahead()
+            self.transfers.finish()
+
+    def _domains(self, work: Sequence[tuple[Bucket, Program]]) -> Iterator[list[Cell]]:
+        """Cells whose sums must meet."""
+        if self.layout.sharded:
+            yield self._together([cell for bucket, program in work for cell in self._cells(bucket, program)])
+            return
+        for bucket, program in work:
+            for _, domain in groupby(self._cells(bucket, program), key=lambda cell: cell.first):
+                yield self._together(list(domain))
+
+    def _together(self, cells: list[Cell]) -> list[Cell]:
+        """A domain: what is kept in it from segment to segment is all, or only what cannot be computed again."""
+        sizes = [(c.end - c.begin) * (c.stop - c.first) * c.program.compute.itemsize for c in cells]
+        most = max(
+            (size * (LIVE_VALUES + 2 * len(c.bucket.hosted)) for c, size in zip(cells, sizes, strict=True)), default=0
+        )
+        every = sum(size * (KEPT_VALUES + len(c.bucket.hosted)) for c, size in zip(cells, sizes, strict=True))
+        keep_all = len(cells) == 1 or every + most <= self.max_bytes
+        for cell in cells:
+            cell.kept = keep_all or cell.program.needs_whole
+        return cells
 
     def _outcome(self, work: Sequence[tuple[Bucket, Program]]) -> str:
         """What a step that ends early has done."""
@@ -173,7 +167,8 @@ class Runner:
     @staticmethod
     def _each(bucket: Bucket) -> int:
         """Bytes that a step holds an element."""
-        return LIVE_VALUES * compute_dtype(bucket.key.dtype).itemsize
+        # of what comes from the host, this cell's pieces and the next one's
+        return (LIVE_VALUES + 2 * len(bucket.hosted)) * compute_dtype(bucket.key.dtype).itemsize
 
     def _live_bytes(self, bucket: Bucket, program: Program) -> int:
         return self._each(bucket) * min(self._limit(bucket, program), bucket.size * bucket.numel)
@@ -183,6 +178,7 @@ class Runner:
 
         def release() -> None:
             self._short = True
+            self._drop_ahead()
             for other in cells:
                 if other is not cell and not other.program.needs_whole:
                     other.inputs = other.carry = None
@@ -198,68 +194,26 @@ class Runner:
         return attempt(run, release, name)
 
     def _cells(self, bucket: Bucket, program: Program) -> list[Cell]:
-        return self._attempt(lambda: list(self._cut(bucket, program)), None, (), "the scalars")
-
-    def _cut(self, bucket: Bucket, program: Program) -> Iterator[Cell]:
-        limit = self._limit(bucket, program)
-        device = bucket.key.device
-        precise = torch.float32 if device.type == "mps" else torch.float64
-        t = (bucket.step + 1) - bucket.skipped.to(precise)
-        scalars = program.scalars(t)
-        lr = bucket.group["lr"]
-        scalars["lr"] = (
-            lr.to(device, program.compute).reshape(())
-            if isinstance(lr, Tensor)
-            else torch.full((), float(lr), dtype=program.compute, device=device)
+        return self._attempt(
+            lambda: list(cut(bucket, program, self._limit(bucket, program), self.loss)), None, (), "the scalars"
         )
-        if program.reads_loss:
-            scalars["loss"] = (
-                torch.full((bucket.size,), torch.nan, dtype=program.compute, device=device)
-                if self.loss is None
-                else self.loss.to(device, program.compute).reshape(1).expand(bucket.size)
-            )
-        if program.needs_index:
-            scalars["seeds"] = param_seeds(bucket.keys, int(bucket.group["seed"]), bucket.step)
-        n, numel = bucket.size, bucket.numel
-        by_rows = not self._contiguous(bucket) or (program.needs_rows and len(bucket.key.local_shape) > 1)
-        if by_rows:
-            row = max(1, numel // max(1, bucket.key.local_shape[0] if bucket.key.local_shape else 1))
-            step = FOLD // math.gcd(row, FOLD)
-            limit = max(1, limit // row // step) * step * row
-        if numel > limit and not program.needs_whole and not (program.coded_rows and len(bucket.key.local_shape) == 1):
-            for p in range(n):
-                for begin in range(0, numel, limit):
-                    end = min(begin + limit, numel)
-                    yield Cell(bucket, program, p, p + 1, begin, end, True, by_rows, end == numel, scalars)
-            return
-        # without chunks a parameter must fit as a whole; small ones share a cell
-        each = max(1, limit // max(1, numel))
-        for first in range(0, n, each):
-            stop = min(n, first + each)
-            yield Cell(bucket, program, first, stop, 0, numel, False, False, True, scalars)
 
-    def _contiguous(self, bucket: Bucket) -> bool:
-        return all(p.is_contiguous() and p.grad is not None and p.grad.is_contiguous() for p in bucket.params)
-
-    def _inputs(self, cell: Cell) -> Inputs:
-        """Stored tensors of a cell: views where the memory allows it, stacks of the small ones."""
+    def _inputs(self, cell: Cell, i: int) -> Inputs:
+        """Stored tensors of a cell for segment ``i``: views where the memory allows it, stacks of the small ones."""
         bucket = cell.bucket
         params = bucket.params[cell.first : cell.stop]
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         rows = slice(cell.first, cell.stop)
-        stored: Values = {name: stack[rows] for name, stack in bucket.storage.items()}
+        stored = cell.pieces(bucket.storage)
         stored["skipped"] = bucket.skipped[rows]
+        if bucket.hosted:
+            stored = self._with_hosted(cell, i, stored)
         if len(params) == 1:
             stored["param"], stored["grad"] = params[0].detach().unsqueeze(0), grads[0].detach().unsqueeze(0)
         else:
             stored["param"], stored["grad"] = torch.stack([p.detach() for p in params]), torch.stack(grads)
-        if cell.chunked:
-            row = bucket.numel // bucket.key.local_shape[0] if cell.by_rows else 1
-            cut = slice(cell.begin // row, cell.end // row)
-            like = {s.name for s in bucket.slots if s.shape == "like"} - bucket.key.zero_anchors
-            like = {name + suffix for name in like for suffix in bucket.codecs[name].parts} | {"param", "grad"}
-            # cut between rows, every part of a state has the parameter's rows as its first dimension
-            stored = {k: (v if cell.by_rows else v.view(1, -1))[:, cut] if k in like else v for k, v in stored.items()}
+        weights = cell.chunk({name: stored.pop(name) for name in ("param", "grad")})
+        stored |= weights
         scalars = {k: v[rows] if v.ndim else v for k, v in cell.measured_scalars.items()}
         if cell.program.needs_index:
             start = bucket.shard.start + cell.begin
@@ -267,32 +221,47 @@ class Runner:
             index = torch.arange(start, start + cell.end - cell.begin, device=bucket.key.device)
             scalars["index"] = index.reshape(1, *shape)
         if cell.program.needs_rows:
-            scalars |= self._lines(cell)
+            scalars |= cell.lines()
         return Inputs(stored, scalars)
 
-    @staticmethod
-    def _lines(cell: Cell) -> Values:
-        """Rows of the matrix view that are here, where not all are; of a flat piece, each element's row and column."""
-        shard, shape, device = cell.bucket.shard, cell.bucket.key.local_shape, cell.bucket.key.device
-        columns = cell.bucket.info.columns
-        if not cell.bucket.info.is_matrix or (shard.is_complete and not cell.chunked):
-            return {}
-        begin, end = shard.start + cell.begin, shard.start + cell.end
-        if len(shape) > 1:
-            return {"row_index": torch.arange(begin // columns, end // columns, device=device)}
-        index = torch.arange(begin, end, device=device)
-        return {"row_index": index // columns, "column_index": index % columns}
+    def _with_hosted(self, cell: Cell, i: int, stored: Values) -> Values:
+        """Pieces of state with those from the host in the place of where they live."""
+        bucket, device = cell.bucket, cell.bucket.key.device
+        homes = {name: stored.pop(name) for name in bucket.hosted_parts}
+        fetched, cell.fetched = cell.fetched or self.transfers.fetch(cell.homes(i), device), None
+        stored |= fetched.take()
+        if cell.program.compiled:
+            return stored
+        return Pieces(stored, lambda name: self.transfers.fetch({name: homes[name]}, device).take()[name])
 
-    def _domain(self, cells: list[Cell]) -> None:
+    def _fetch_ahead(self, cell: Cell | None, i: int) -> None:
+        """Let a cell's state for segment ``i`` come while another one is computed."""
+        if cell is None or not cell.bucket.hosted or self._short or cell.inputs is not None or cell.fetched is not None:
+            return
+        cell.fetched = self.transfers.try_fetch(cell.homes(i), cell.bucket.key.device)
+        self._ahead = [other for other in (*self._ahead, cell) if other.fetched is not None]
+
+    def _drop_ahead(self) -> None:
+        """Give up what is on its way."""
+        for cell in self._ahead:
+            if cell.fetched is not None:
+                cell.fetched.take()  # its memory is free for others once it has arrived
+                cell.fetched = None
+        self._ahead = []
+
+    def _domain(self, cells: list[Cell], following: Cell | None) -> None:
         phases = max((len(c.program.segments) for c in cells), default=0)
-        sizes = [(c.end - c.begin) * (c.stop - c.first) * c.program.compute.itemsize for c in cells]
-        keep_all = len(cells) == 1 or sum(sizes) * KEPT_VALUES + max(sizes) * LIVE_VALUES <= self.max_bytes
         for i in range(phases):
             results: list[tuple[Cell, Values]] = []
-            for cell in cells:
+            running = [cell for cell in cells if i < len(cell.program.segments)]
+            for at, cell in enumerate(running):
                 segments = cell.program.segments
-                if i >= len(segments):
-                    continue
+                if at + 1 < len(running):
+                    self._fetch_ahead(running[at + 1], i)
+                elif cell.kept or i + 1 == phases:  # what is kept needs not come again
+                    self._fetch_ahead(following, 0)
+                else:
+                    self._fetch_ahead(running[0], i + 1)
                 # where parameters are sharded the other ranks wait for this one: gathered once, whatever happens
                 complete = self._complete(cell, i) if self.layout.sharded else None
                 final = i == len(segments) - 1
@@ -303,7 +272,7 @@ class Runner:
                     inputs, values, sums = self._attempt(run, cell, cells, f"segment {i + 1} of {len(segments)}")
                 if final:
                     self._note(cell)
-                keep = (keep_all and not self._short) or len(cells) == 1 or cell.program.needs_whole
+                keep = cell.kept and (not self._short or len(cells) == 1 or cell.program.needs_whole)
                 cell.inputs = inputs if keep and not final else None
                 cell.carry = values if keep and not final else None
                 if not final:
@@ -313,7 +282,7 @@ class Runner:
 
     def _run(self, cell: Cell, i: int, complete: list[Tensor] | None) -> tuple[Inputs, Values, Values]:
         """Segment ``i`` of a cell; nothing changes but in the last one, at its end."""
-        inputs = cell.inputs or self._inputs(cell)
+        inputs = cell.inputs or self._inputs(cell, i)
         segment = cell.program.segments[i]
         if segment.whole is not None:
             assert cell.carry is not None
@@ -321,7 +290,10 @@ class Runner:
             result = cell.program.whole_matrix(segment.whole, inputs, cell.carry, complete)
             cell.whole[segment.whole.name] = piece(result, segment.whole, cell.bucket.shard, cell.carry["grad"])
         values, sums = cell.program.run(i, inputs, cell.carry, cell.totals, cell.whole, cell.last)
-        if i == len(cell.program.segments) - 1:
+        final = i == len(cell.program.segments) - 1
+        if cell.bucket.hosted and (final or not cell.kept):
+            cell.program.asked[-1 if cell.kept else i] = cell.bucket.hosted_parts & inputs.stored.keys()
+        if final:
             self._write_back(cell, inputs)
         return inputs, values, sums
 
@@ -381,7 +353,12 @@ class Runner:
         return merged
 
     def _write_back(self, cell: Cell, inputs: Inputs) -> None:
-        """Copy updated stacks into the parameters they were made of; views are updated already."""
+        """Copy updated stacks into the parameters they were made of, and state to the host; views are updated."""
+        bucket, stored = cell.bucket, inputs.stored
+        if bucket.hosted:
+            written = bucket.hosted_parts & (stored.written if isinstance(stored, Pieces) else stored.keys())
+            homes = cell.pieces({part: bucket.storage[part] for part in written})
+            self.transfers.store(stored, homes, bucket.key.device)
         if cell.stop - cell.first > 1:
             params: list[Any] = [p.detach() for p in cell.bucket.params[cell.first : cell.stop]]
             torch._foreach_copy_(params, list(inputs.stored["param"].unbind(0)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hina_optim.engine.runner import CPU_CHUNK, FOLD, GRAIN, LIVE_VALUES
+from hina_optim.engine.cells import CPU_CHUNK, FOLD, GRAIN, KEPT_VALUES, LIVE_VALUES
 from hina_optim.state.precision import Storage, codec_for, compute_dtype
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import ParamInfo, Technique
@@ -27,11 +27,12 @@ __all__ = ["Kept", "Part", "kept", "state_bytes", "temporary_bytes", "zero_posit
 
 @dataclass(frozen=True)
 class Part:
-    """One stored tensor of a parameter's state: its name, dtype and bytes."""
+    """One stored tensor of a parameter's state: its name, dtype and bytes, and whether it is in host memory."""
 
     name: str
     dtype: torch.dtype
     nbytes: int
+    hosted: bool = False
 
 
 #: ``step`` on the host and ``skipped`` on the device.
@@ -48,6 +49,8 @@ class Kept:
         options: The group's options.
         info: What the parameter is; its global shape.
         dtype: What the optimizer sees of it.
+        device: Where it is.
+        serves: Whether such a parameter can have state in host memory.
         chain: The techniques that act on it.
         slots: Their state.
         zero: Whether it is known to be zero everywhere.
@@ -59,6 +62,8 @@ class Kept:
     options: dict[str, Any]
     info: ParamInfo
     dtype: torch.dtype
+    device: torch.device
+    serves: bool
     chain: tuple[Technique, ...]
     slots: tuple[Slot, ...]
     zero: bool
@@ -71,12 +76,15 @@ class Kept:
         return self.known[local_shape]
 
     def _parts(self, local_shape: tuple[int, ...]) -> Iterator[Part]:
+        storage = Storage.of(self.options)
         for slot in self.slots:
-            codec = codec_for(slot, Storage.of(self.options), self.dtype, self.info.shape)
-            shape = () if slot.constant and self.zero and local_shape else slot.local_shape(local_shape)
+            codec = codec_for(slot, storage, self.dtype, self.info.shape)
+            zero = slot.constant and self.zero and bool(local_shape)
+            shape = () if zero else slot.local_shape(local_shape)
+            hosted = self.serves and storage.hosts(slot) and not zero
             for suffix, kind in codec.parts.items():
                 numel = torch.Size(codec.part_shape(suffix, shape)).numel()
-                yield Part(slot.name + suffix, kind, int(numel) * kind.itemsize)
+                yield Part(slot.name + suffix, kind, int(numel) * kind.itemsize, hosted)
 
 
 def zero_positions(params: Iterable[tuple[int, Tensor]]) -> set[int]:
@@ -93,6 +101,7 @@ def kept(
     groups: Sequence[dict[str, Any]] | None = None,
     zero: Collection[int] | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> list[Kept]:
     """What an optimizer keeps, or would keep, for every parameter that is trained.
 
@@ -102,6 +111,7 @@ def kept(
         zero: Positions of the parameters that are zero everywhere. None: the weights of those without state are looked
             at, on all ranks.
         dtype: In the place of that of all parameters.
+        device: In the place of that of all parameters.
     """
     buckets = optimizer._buckets
     groups = optimizer.param_groups if groups is None else groups
@@ -111,6 +121,7 @@ def kept(
         zero = buckets._zero_params([m for _, m in members if not m.state])
     empty = set(zero)
     recipes: dict[tuple[int, ParamInfo, torch.dtype], tuple[tuple[Technique, ...], tuple[Slot, ...]]] = {}
+    transfers = optimizer._transfers
     known: dict[Any, dict[tuple[int, ...], tuple[Part, ...]]] = {}
     found = []
     for g, m in members:
@@ -121,22 +132,29 @@ def kept(
         chain, slots = recipes[kind]
         anchors = [slot for slot in slots if slot.constant]
         is_zero = any(buckets._is_zero(slot, m, empty) for slot in anchors)
-        of_kind = known.setdefault((*kind, is_zero), {})
-        found.append(Kept(m.param, g, groups[g], m.info, seen_as, chain, slots, is_zero, of_kind))
+        home = device or m.param.device
+        of_kind = known.setdefault((*kind, home, is_zero), {})
+        serves = transfers.serves(home)
+        found.append(Kept(m.param, g, groups[g], m.info, seen_as, home, serves, chain, slots, is_zero, of_kind))
     return found
 
 
-def state_bytes(every: Iterable[Kept]) -> int:
-    """Bytes of the state of all these parameters as they lie here."""
-    return sum(part.nbytes for one in every for part in one.parts(tuple(one.param.shape)))
+def state_bytes(every: Iterable[Kept], on_device: bool = False) -> int:
+    """Bytes of the state of all these parameters as they lie here; with ``on_device`` without what is on the host."""
+    parts = (part for one in every for part in one.parts(tuple(one.param.shape)))
+    return sum(part.nbytes for part in parts if not (on_device and part.hosted))
 
 
-def temporary_bytes(every: Sequence[Kept], local_shapes: Sequence[tuple[int, ...]]) -> int:
-    """The engine's bound on the temporary memory of a step (gathered matrices aside).
+def temporary_bytes(every: Sequence[Kept], local_shapes: Sequence[tuple[int, ...]], sharded: bool = False) -> int:
+    """About the most temporary memory that a step takes; comparisons between parameters, at intervals, aside.
+
+    It is the engine's own bound, ``max_buffer_memory_mb`` where there is as much to do, or what a technique needs that
+    sees a complete matrix; with some room for decoding 8 bits.
 
     Args:
         every: All parameters.
         local_shapes: What of each of them is here.
+        sharded: Whether parameters are cut, which makes all of them wait for each other's sums.
     """
     if not every:
         return 0
@@ -147,21 +165,27 @@ def temporary_bytes(every: Sequence[Kept], local_shapes: Sequence[tuple[int, ...
         key = one.group, one.info, shape
         alike[key] += 1
         of[key] = one
-    return max(_live_bytes(of[key], key[2], count, budget) for key, count in alike.items())
+    found = [_live_bytes(of[key], key[2], count, budget) for key, count in alike.items()]
+    most = max(live for live, _, _ in found)
+    # values are kept from phase to phase where all of them fit: of the chunks of one parameter, or of all that wait
+    keeping = [sum(all_kept for _, _, all_kept in found)] if sharded else [chunks for _, chunks, _ in found]
+    return max([most, *(most + kept for kept in keeping if most + kept <= budget)])
 
 
-def _live_bytes(one: Kept, shape: tuple[int, ...], count: int, budget: int) -> int:
-    """What a step over ``count`` parameters of one bucket holds at once."""
+def _live_bytes(one: Kept, shape: tuple[int, ...], count: int, budget: int) -> tuple[int, int, int]:
+    """What a step over a bucket holds at once, and what it keeps of one in chunks, and of all, where that fits."""
+    storage, itemsize = Storage.of(one.options), compute_dtype(one.dtype).itemsize
+    hosted = sum(one.serves and storage.hosts(slot) for slot in one.slots)
+    coded = sum(codec_for(slot, storage, one.dtype, one.info.shape).by_rows for slot in one.slots)
     numel = int(torch.Size(shape).numel())
-    each = LIVE_VALUES * compute_dtype(one.dtype).itemsize
+    each = (LIVE_VALUES + 2 * hosted) * itemsize
     limit = max(GRAIN, budget // each // GRAIN * GRAIN)
-    if one.param.device.type == "cpu" and not one.options["compile"]:
+    if one.device.type == "cpu" and not one.options["compile"]:
         limit = min(limit, CPU_CHUNK)
-    if any(technique.whole for technique in one.chain):
-        return each * max(numel, min(limit, count * numel))
-    if len(shape) == 1 and any(
-        codec_for(slot, Storage.of(one.options), one.dtype, one.info.shape).by_rows for slot in one.slots
-    ):
-        return each * max(numel, min(limit, count * numel))
+    each += 2 * coded * itemsize
+    kept = (KEPT_VALUES + hosted) * itemsize * numel
+    if any(technique.whole for technique in one.chain) or (coded and len(shape) == 1):
+        return each * max(numel, min(limit, count * numel)), 0, kept * count
     row = numel // shape[0] if len(shape) > 1 and shape[0] else 1
-    return each * min(count * numel, max(limit, min(numel, row * FOLD)))
+    cell = min(count * numel, max(limit, min(numel, row * FOLD)))
+    return each * cell, kept if numel > limit else 0, kept * count

@@ -56,20 +56,23 @@ def used_bytes(optimizer: Saver) -> int:
     """Memory in use that counts against a target.
 
     With parameters on CUDA devices: what PyTorch has allocated on the fullest of them, whoever asked for it. Elsewhere:
-    what the optimizer can see, which is parameters, gradients, state and its scratch. Before the first step the state
+    what the optimizer can see, which is parameters, gradients, state (but for what it keeps in host memory for
+    parameters elsewhere) and its scratch. Before the first step the state
     that it will allocate is counted already, so that a target can be met before training begins.
     """
     pending = pending_bytes(optimizer)
     devices = {p.device for p in _parameters(optimizer) if p.is_cuda}
     if devices:
         return max(torch.cuda.memory_allocated(device) for device in devices) + pending
-    held = optimizer.state_bytes() + optimizer.scratch_bytes()
+    held = optimizer.state_bytes() - _hosted_bytes(optimizer) + optimizer.scratch_bytes()
     return parameter_bytes(optimizer) + gradient_bytes(optimizer) + held + pending
 
 
 def pending_bytes(optimizer: Saver) -> int:
     """State that the first step will allocate; 0 once there is any."""
-    return 0 if optimizer.state_bytes() else sizes.state_bytes(sizes.kept(optimizer))  # type: ignore[arg-type]
+    if optimizer.state_bytes():
+        return 0
+    return sizes.state_bytes(sizes.kept(optimizer), on_device=True)  # type: ignore[arg-type]
 
 
 def expected_bytes(optimizer: Saver) -> int:
@@ -77,7 +80,7 @@ def expected_bytes(optimizer: Saver) -> int:
     every = sizes.kept(optimizer)  # type: ignore[arg-type]
     gradients = sum(_bytes(one.param) for one in every if one.param.grad is None)
     temporary = sizes.temporary_bytes(every, [tuple(one.param.shape) for one in every])
-    return gradients + temporary + (0 if optimizer.state_bytes() else sizes.state_bytes(every))
+    return gradients + temporary + (0 if optimizer.state_bytes() else sizes.state_bytes(every, on_device=True))
 
 
 def any_rank(optimizer: Saver, here: bool) -> bool:
@@ -126,6 +129,17 @@ def parameter_bytes(optimizer: Saver) -> int:
 def gradient_bytes(optimizer: Saver) -> int:
     """Bytes of the gradients that they have now."""
     return sum(_bytes(p.grad) for p in _parameters(optimizer) if p.grad is not None)
+
+
+def _hosted_bytes(optimizer: Saver) -> int:
+    """State in host memory of parameters elsewhere; ``step``, which always is there, counts as with them."""
+    return sum(
+        _bytes(x)
+        for p in _parameters(optimizer)
+        if p.device.type != "cpu"
+        for name, x in optimizer.state.get(p, {}).items()
+        if name != "step" and isinstance(x, Tensor) and x.device.type == "cpu"
+    )
 
 
 def _several_processes() -> bool:

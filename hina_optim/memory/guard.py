@@ -40,8 +40,9 @@ class MemoryGuard:
 
     After an action at least ``cooldown_steps`` steps pass before the next one, whatever the reason. To act is to walk
     the ladder of every optimizer that has one (:func:`~hina_optim.memory.optimize_for_vram`), until the bytes above
-    ``soft − hysteresis`` are given back; a technique is switched off at hard pressure only. Each look of several processes costs one small all-reduce: all act when one has to, at the same step, for the
-    bytes of the one that needs most. So all must look.
+    ``soft − hysteresis`` are given back; a technique is switched off at hard pressure only. Each look of several
+    processes costs one small all-reduce: all act when one has to, at the same step, for the bytes of the one that needs
+    most. So all must look.
 
     Args:
         target_vram_gb: The limit, GiB. None, or more than there is: that of the probe.
@@ -71,7 +72,7 @@ class MemoryGuard:
         >>> model = torch.nn.Linear(4, 2)
         >>> optimizer = HinaAdaptive(model.parameters(), lr=3e-4)
         >>> guard = MemoryGuard(target_vram_gb=64.0)
-        >>> guard.start(optimizer)
+        >>> acted = guard.start(optimizer)
         >>> with guard.watching():
         ...     for _ in range(3):
         ...         model(torch.ones(8, 4)).square().mean().backward()

@@ -165,6 +165,23 @@ class StateTo(Change):
         return {"state_precision": PRECISIONS[self.level - 1]} if lowered else {}
 
 
+class ToHost(Change):
+    """Keep state of parameters on a GPU in host memory; with parameters on the CPU there is nothing to move."""
+
+    def __init__(self, option: str, cost: str) -> None:
+        self.name = f"{option}=cpu"
+        self.option = option
+        self.cost = cost
+
+    def options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The host, where it is not there yet."""
+        return {self.option: "cpu"} if group.get(self.option, "cpu") is None else {}
+
+    def restored(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The parameters' devices, where it was there."""
+        return {self.option: None} if self.option in group.get(GIVEN_UP, {}) else {}
+
+
 class SwitchOff(Change):
     """Do without an optional technique that keeps state. Only where ``emergency_simplify`` allows it."""
 
@@ -187,8 +204,10 @@ class SwitchOff(Change):
 #: All rungs, the cheapest in quality first. A walk takes them in this order and stops as soon as the target is reached.
 LADDER: tuple[Rung, ...] = (
     ReleaseScratch(),
+    ToHost("anchor_device", "no quality; a step fetches from the host what the weights were at first"),
     StateTo("bf16", "state keeps 8 significant bits instead of 24, rounded stochastically"),
     StateTo("8bit", "moments keep 8 bits with a scale for each 256, masks 256 levels; what has no code stays as it is"),
+    ToHost("state_device", "no quality; a step fetches moments and masks from the host, and writes them back"),
     SwitchOff("use_dynamic_adaptation", "parameters no longer get learning rate for their importance"),
     SwitchOff("enable_dual_momentum", "no long momentum"),
     SwitchOff("use_spd", "weights are no longer drawn back to where they began; that place is forgotten"),
@@ -340,11 +359,12 @@ def _report(
 
 
 def _growth(optimizer: Saver, changes: Sequence[dict[str, Any]]) -> int:
-    """Bytes of state with other options, less bytes now; of the state to come where there is none."""
+    """Bytes of state on the devices with other options, less bytes now; of what is to come where there is none."""
     groups = [{**group, **change} for group, change in zip(optimizer.param_groups, changes, strict=True)]
     now, then = (sizes.kept(optimizer, given) for given in (None, groups))  # type: ignore[arg-type]
     counted = [i for i, one in enumerate(now) if not optimizer.state or optimizer.state.get(one.param)]
-    return sizes.state_bytes(then[i] for i in counted) - sizes.state_bytes(now[i] for i in counted)
+    after, before = (sizes.state_bytes((every[i] for i in counted), on_device=True) for every in (then, now))
+    return after - before
 
 
 def _change(optimizer: Saver, changes: Sequence[dict[str, Any]]) -> None:
@@ -355,9 +375,10 @@ def _change(optimizer: Saver, changes: Sequence[dict[str, Any]]) -> None:
         given_up = {name: value for name, value in given_up.items() if change.get(name, group[name]) != value}
         noted.append({**change, GIVEN_UP: given_up} if change else {})
     optimizer.change_options(noted)
-    precisions = {group["state_precision"] for group in optimizer.param_groups}
-    if len(precisions) == 1:
-        optimizer.defaults["state_precision"] = precisions.pop()  # a group that is added later goes with the others
+    for option in {name for change in changes for name in change}:
+        values = {group[option] for group in optimizer.param_groups}
+        if len(values) == 1:
+            optimizer.defaults[option] = values.pop()  # a group that is added later goes with the others
 
 
 def _what_else(optimizer: Saver, used: int, target: int) -> str:

@@ -61,14 +61,16 @@ class PlannedRung:
 
     Attributes:
         name: ``"as built"``, or the rung.
-        state_bytes: Optimizer state.
-        total_bytes: Everything in the plan, with such a state.
+        state_bytes: Optimizer state, wherever it is.
+        host_bytes: What of it is in host memory.
+        total_bytes: Everything in the plan that is on the device, with such a state.
         fits: Whether that is within the budget; None without one.
         cost: What is paid, in words.
     """
 
     name: str
     state_bytes: int
+    host_bytes: int
     total_bytes: int
     fits: bool | None
     cost: str
@@ -89,8 +91,9 @@ class MemoryPlan:
         master_bytes: The engine's float32 copy of those that are trained (ZeRO).
         gradient_bytes: Gradients, of the weights' dtype.
         state_bytes: Optimizer state as the arguments ask for it.
+        host_bytes: What of it is in host memory.
         state: State name → dtype → bytes.
-        temporary_bytes: Most that the step takes beside, the engine's own bound.
+        temporary_bytes: What the step takes beside, at most, about: the engine's own bound.
         rungs: The ladder, from the top.
         vram_bytes: The budget, or None.
         notes: What was assumed.
@@ -106,6 +109,7 @@ class MemoryPlan:
     master_bytes: int
     gradient_bytes: int
     state_bytes: int
+    host_bytes: int
     temporary_bytes: int
     vram_bytes: int | None
     rungs: tuple[PlannedRung, ...]
@@ -114,7 +118,7 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        """All of it: a step at its peak, without activations."""
+        """All that is on the device: a step at its peak, without activations."""
         return self.rungs[0].total_bytes
 
     @property
@@ -137,6 +141,8 @@ class MemoryPlan:
         for name, kinds in sorted(self.state.items(), key=lambda item: -sum(item[1].values())):
             if sum(kinds.values()) >= self.state_bytes / 1000:
                 lines += [f"    {name:<17}{as_size(size):>10}  {dtype}" for dtype, size in kinds.items()]
+        if self.host_bytes:
+            lines.append(f"    of it on the host{as_size(self.host_bytes):>11}")
         lines += [
             f"  while stepping   {as_size(self.temporary_bytes):>12}  at most",
             f"  total            {as_size(self.total_bytes):>12}  (activations not counted)",
@@ -145,7 +151,8 @@ class MemoryPlan:
             lines.append(f"Within {as_size(self.vram_bytes)}: {self.rung or 'nothing on the ladder fits'}")
         for rung in self.rungs:
             mark = "" if rung.fits is None else ("  fits" if rung.fits else "  does not fit")
-            lines.append(f"  {rung.name:<22}{as_size(rung.state_bytes):>10} state{as_size(rung.total_bytes):>12}{mark}")
+            state = as_size(rung.state_bytes - rung.host_bytes)
+            lines.append(f"  {rung.name:<30}{state:>10} state{as_size(rung.total_bytes):>12}{mark}")
         return "\n".join([*lines, *(f"* {note}" for note in self.notes)])
 
 
@@ -159,6 +166,7 @@ def plan(
     vram_gb: float | None = None,
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
     **arguments: Any,
 ) -> MemoryPlan:
     """Say what a training will take before it begins.
@@ -177,6 +185,8 @@ def plan(
         vram_gb: GiB (2³⁰ bytes) of one device. The plan then says which step of the ladder fits.
         rank: Whose bytes. None: the rank with the most state.
         dtype: Of the parameters, where shapes are given.
+        device: Where the parameters will be. None: where they are; shapes and meta tensors count as on a GPU. It
+            decides about temporary memory, and whether there is anything to move to the host.
         **arguments: Of the optimizer.
 
     Raises:
@@ -188,9 +198,9 @@ def plan(
         >>> shapes = {"up": (4096, 1024), "down": (1024, 4096), "norm": (1024,)}
         >>> full, small = plan(shapes), plan(shapes, state_precision="8bit")
         >>> full.state["exp_avg"], small.state["exp_avg"]
-        ({'float32': 33558528}, {'uint8': 8388608, 'float32': 4096})
-        >>> plan(shapes, vram_gb=0.14).rung
-        'bf16'
+        ({'float32': 33558528}, {'uint8': 8388608, 'float32': 135168})
+        >>> plan(shapes, vram_gb=0.63).rung
+        'anchor_device=cpu'
     """
     owner = "plan"
     rule.check(owner, "sharding", sharding, rule.one_of(*get_args(Sharding)))
@@ -208,7 +218,8 @@ def plan(
     else:
         given = list(_parameters(params_or_model_or_shapes, dtype))
     built = _build(optimizer, given, preset, arguments)
-    return _planned(built, frozen, sharding, world_size, rank, vram_gb)
+    home = None if device is None else torch.device(device)
+    return _planned(built, frozen, sharding, world_size, rank, vram_gb, home)
 
 
 def plan_of(optimizer: HinaOptimizer, vram_gb: float | None = None) -> MemoryPlan:
@@ -260,13 +271,14 @@ def _planned(
     world_size: int,
     rank: int | None,
     vram_gb: float | None,
+    device: torch.device | None = None,
 ) -> MemoryPlan:
     groups = optimizer.param_groups
     dtype = torch.float32 if sharding in _ZERO else None
     sharded_here = optimizer._layout.sharded
     trained = [p for group in groups for p in group["params"] if p.requires_grad]
     zero = None if sharded_here else _zeros(optimizer)
-    every = sizes.kept(optimizer, zero=zero, dtype=dtype)
+    every = sizes.kept(optimizer, zero=zero, dtype=dtype, device=device)
     shapes = [tuple(one.param.shape) for one in every]
     offsets = [one.group for one in every]
     whose = [rank] if rank is not None else _candidates(sharding, world_size)
@@ -283,10 +295,10 @@ def _planned(
         for p, shape in zip([one.param for one in every], local, strict=True)
     )
     master = 4 * here if sharding in _ZERO else 0
-    temporary = sizes.temporary_bytes(every, local)
+    temporary = sizes.temporary_bytes(every, local, sharding not in ("none", "ddp"))
     base = weights + master + gradients + temporary
     budget = None if vram_gb is None else int(vram_gb * GIB)
-    rungs = _rungs(optimizer, local, base, budget, zero, dtype)
+    rungs = _rungs(optimizer, local, base, budget, zero, dtype, device)
     notes = [_ASSUMED[sharding]] if _ASSUMED[sharding] else []
     if sharding not in ("none", "ddp"):
         notes.append(_WHOLE)
@@ -303,6 +315,7 @@ def _planned(
         master_bytes=master,
         gradient_bytes=gradients,
         state_bytes=rungs[0].state_bytes,
+        host_bytes=rungs[0].host_bytes,
         temporary_bytes=temporary,
         vram_bytes=budget,
         rungs=rungs,
@@ -331,8 +344,10 @@ def _candidates(sharding: Sharding, world_size: int) -> list[int]:
     return list(range(world_size)) if sharding in ("zero1", "zero2") else [0]
 
 
-def _total(every: Sequence[sizes.Kept], local: Sequence[tuple[int, ...]]) -> int:
-    return sum(part.nbytes for one, shape in zip(every, local, strict=True) for part in one.parts(shape))
+def _total(every: Sequence[sizes.Kept], local: Sequence[tuple[int, ...]], hosted: bool = False) -> int:
+    """Bytes of all state, or of what is in host memory."""
+    parts = (part for one, shape in zip(every, local, strict=True) for part in one.parts(shape))
+    return sum(part.nbytes for part in parts if part.hosted or not hosted)
 
 
 def _by_name(every: Sequence[sizes.Kept], local: Sequence[tuple[int, ...]]) -> dict[str, dict[str, int]]:
@@ -353,14 +368,16 @@ def _rungs(
     budget: int | None,
     zero: set[int] | None,
     dtype: torch.dtype | None,
+    device: torch.device | None,
 ) -> tuple[PlannedRung, ...]:
     """The ladder from the top, each step with all before it."""
     groups = [dict(group) for group in optimizer.param_groups]
 
     def planned(name: str, cost: str) -> PlannedRung:
-        state = _total(sizes.kept(optimizer, groups, zero, dtype), local)
-        fits = None if budget is None else base + state <= budget
-        return PlannedRung(name, state, base + state, fits, cost)
+        every = sizes.kept(optimizer, groups, zero, dtype, device)
+        state, host = _total(every, local), _total(every, local, hosted=True)
+        total = base + state - host
+        return PlannedRung(name, state, host, total, None if budget is None else total <= budget, cost)
 
     found = [planned("as built", "")]
     enabled = all(group.get("memory_efficient", True) for group in groups)
@@ -369,7 +386,7 @@ def _rungs(
         for group in groups:
             group.update(rung.options(group))
         taken = planned(rung.name, rung.cost)
-        if taken.state_bytes < found[-1].state_bytes:
+        if taken.total_bytes < found[-1].total_bytes:
             found.append(taken)
         else:
             groups = before

@@ -52,7 +52,9 @@ class CameFamily(Family):
                                                                                              asked for)
     ========================  =====================  ====================  ================  ======================
 
-    ``W = warmup_steps``; all else acts throughout. What is switched off acts in no phase.
+    ``W = warmup_steps``; all else acts throughout. What is switched off acts in no phase. Phases count the steps in
+    which a parameter had a gradient; mask, β₁ and the schedule of the decay count its updates, which a gradient that is
+    not finite leaves out.
     """
 
     PHASES: ClassVar[bool] = True
@@ -168,6 +170,8 @@ class Automagic_CameAMP(CameFamily):
         state_precision: Literal["fp32", "bf16", "8bit"] | None = None,
         min_8bit_size: int = 4096,
         force_8bit: bool = False,
+        state_device: Literal["cpu"] | None = None,
+        anchor_device: Literal["cpu"] | None = None,
         rounding: Literal["stochastic", "kahan", "nearest"] = "stochastic",
         seed: int = 0,
         compile: bool | None = None,

@@ -57,6 +57,8 @@ class ImprovedOptimizerConfig:
     state_precision: Literal["fp32", "bf16", "8bit"] | None = None
     min_8bit_size: int = 4096
     force_8bit: bool = False
+    state_device: Literal["cpu"] | None = None
+    anchor_device: Literal["cpu"] | None = None
     rounding: Literal["stochastic", "kahan", "nearest"] = "stochastic"
     seed: int = 0
     compile: bool | None = None

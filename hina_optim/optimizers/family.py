@@ -94,6 +94,8 @@ class Family(HinaOptimizer, Inspection, AdapterReports):
         if expanded.get("state_precision") is None:
             lower = expanded.get("reduce_precision", False) and cls.STATE_PRECISION == "fp32"
             expanded["state_precision"] = "bf16" if lower else cls.STATE_PRECISION
+        if expanded.get("cpu_offload_states", False) is True and expanded.get("state_device") is None:
+            expanded["state_device"] = "cpu"
         return expanded
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -150,17 +152,11 @@ class Family(HinaOptimizer, Inspection, AdapterReports):
         """
         groups = [group for group in self.param_groups if "vram_budget_gb" in group and group["memory_efficient"]]
         owner = type(self).__name__
-        if any(group["cpu_offload_states"] for group in groups) and any(p.is_cuda for g in groups for p in g["params"]):
-            log.warning(
-                "%s: cpu_offload_states=True is not available yet for parameters on a GPU; the state stays there. "
-                "reduce_precision=True halves most of it.",
-                owner,
-            )
         if not groups:
             return
         budget = min(float(group["vram_budget_gb"]) for group in groups)
         # a subclass may take its arguments in another way
-        constructors = (inspect.signature(cls.__init__).parameters for cls in type(self).__mro__)
+        constructors = (inspect.signature(cls.__init__).parameters for cls in type(self).__mro__)  # type: ignore[misc]
         usual = next(p["vram_budget_gb"].default for p in constructors if "vram_budget_gb" in p)
         asked = budget != usual
         weights = parameter_bytes(self)

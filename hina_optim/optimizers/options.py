@@ -6,6 +6,7 @@ The docstring of each class gets its ``Args`` section from here, and the constru
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -194,9 +195,7 @@ OPTIONS: dict[str, Option] = {
         "parameters, gradients and state). State that would not fit is kept in bf16, with a warning.",
     ),
     "reduce_precision": Option(rule.FLAG, 'The same as state_precision="bf16".'),
-    "cpu_offload_states": Option(
-        rule.FLAG, "Not available yet: with parameters on a GPU it warns, and the state stays there."
-    ),
+    "cpu_offload_states": Option(rule.FLAG, 'The same as state_device="cpu".'),
     "adaptive_features": Option(
         rule.FLAG, "Accepted and reported; nothing switches techniques off under memory pressure yet."
     ),
@@ -216,6 +215,16 @@ OPTIONS: dict[str, Option] = {
         rule.COUNT, "Elements of the whole parameter below which 8-bit state is kept in bf16 or fp32, ≥ 0."
     ),
     "force_8bit": Option(rule.FLAG, "Store in 8 bits whatever can be, whatever its size and the length of its rows."),
+    "state_device": Option(
+        ENGINE_RULES["state_device"],
+        '"cpu": moments, masks and all other state of the parameters\' shapes live in (pinned) host memory; a step '
+        "fetches them piece by piece and writes them back, with the same result to the bit. None: on the parameters' "
+        "devices. With parameters on the CPU there is nothing to move.",
+    ),
+    "anchor_device": Option(
+        ENGINE_RULES["anchor_device"],
+        '"cpu": of the state, the weights before the first update (SPD, importance) live in host memory.',
+    ),
     # the engine
     "rounding": Option(
         ENGINE_RULES["rounding"],
@@ -258,4 +267,7 @@ def rules_of(names: Iterable[str]) -> dict[str, rule.Rule]:
 def describe(constructor: Callable[..., Any]) -> str:
     """The ``Args`` section of a docstring, Google style, for the arguments that a constructor has."""
     known = set(inspect.signature(constructor).parameters)
-    return "Args:\n" + "\n".join(f"    {name}: {option.text}" for name, option in OPTIONS.items() if name in known)
+    entries = (f"{name}: {option.text}" for name, option in OPTIONS.items() if name in known)
+    return "Args:\n" + "\n".join(
+        textwrap.fill(entry, 112, initial_indent="    ", subsequent_indent="        ") for entry in entries
+    )

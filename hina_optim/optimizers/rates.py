@@ -196,7 +196,7 @@ class RateInspection:
         home = group["params"][0].device
         parts = []
         for p in group["params"]:
-            last = self.state.get(p, {}).get("last_sign")
+            last = self._buckets.decoded(p, "last_sign") if p.grad is not None else None
             if p.grad is not None and last is not None:
                 product = p.grad.sign() * last
                 parts.append(torch.stack([(product > 0).sum(), (last != 0).sum()]).float().to(home))

@@ -34,6 +34,8 @@ IGNORED = frozenset(
         "state_precision",
         "min_8bit_size",
         "force_8bit",
+        "state_device",
+        "anchor_device",
         "rounding",
         "seed",
         "compile",

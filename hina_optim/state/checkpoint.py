@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,14 +93,14 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
             )
         entries[params[at]] = entry
     with _told(optimizer, about, indices):
-        optimizer._buckets.check_loaded(groups, entries)
+        hosted = optimizer._buckets.check_loaded(groups, entries)
     # it all fits; the old state goes before the new one comes, so that loading needs no more memory than training
     for group, options in zip(optimizer.param_groups, groups, strict=True):
         group.update(options)
     optimizer._buckets.clear()
     optimizer.state.clear()
     for param, entry in entries.items():
-        optimizer.state[param] = _own(param, entry)
+        optimizer.state[param] = _own(param, entry, hosted.get(param, set()))
     every = list(indices.values())
     optimizer._buckets.restore([every[at] for at in about.get("alone", ())])
 
@@ -223,8 +223,8 @@ def _merged_groups(optimizer: HinaOptimizer, saved: list[dict[str, Any]]) -> lis
     return merged
 
 
-def _own(param: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """One parameter's state: on its device, dtype as saved, not shared with the caller's tensors."""
+def _own(param: Tensor, entry: Mapping[str, Any], hosted: Collection[str]) -> dict[str, Any]:
+    """One parameter's state: on its device or the host, dtype as saved, not shared with the caller's tensors."""
     loaded: dict[str, Any] = {}
     for key, value in entry.items():
         if not isinstance(value, Tensor):
@@ -232,5 +232,7 @@ def _own(param: Tensor, entry: Mapping[str, Any]) -> dict[str, Any]:
         elif key == "step":
             loaded[key] = value.detach().to("cpu", torch.float32, copy=True).reshape(())
         else:
-            loaded[key] = value.detach().to(param.device, copy=True)
+            # a zero that stands for a whole tensor stays with the parameter
+            at_host = key in hosted and (value.ndim > 0 or param.ndim == 0)
+            loaded[key] = value.detach().to("cpu" if at_host else param.device, copy=True)
     return loaded

@@ -95,11 +95,15 @@ class Storage:
         precision: One of :data:`PRECISIONS`.
         min_8bit_size: Elements of the whole (global) parameter below which nothing is stored in 8 bits.
         force_8bit: Store in 8 bits whatever can be.
+        state_device: ``"cpu"`` keeps state of the parameter's shape in host memory; None, where the parameter is.
+        anchor_device: The same for state that never changes only (the weights before the first update).
     """
 
     precision: str
     min_8bit_size: int = 4096
     force_8bit: bool = False
+    state_device: str | None = None
+    anchor_device: str | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -108,7 +112,17 @@ class Storage:
     @classmethod
     def of(cls, group: Mapping[str, Any], precision: str | None = None) -> Storage:
         """That of a group; with ``precision`` in the place of its own."""
-        return cls(precision or group["state_precision"], group["min_8bit_size"], group["force_8bit"])
+        return cls(
+            precision or group["state_precision"],
+            group["min_8bit_size"],
+            group["force_8bit"],
+            group.get("state_device"),
+            group.get("anchor_device"),
+        )
+
+    def hosts(self, slot: Slot) -> bool:
+        """Whether a slot is to be in host memory; what has few numbers stays where the parameter is."""
+        return slot.shape == "like" and "cpu" in (self.state_device, self.anchor_device if slot.constant else None)
 
 
 def codec_for(slot: Slot, storage: Storage, param_dtype: torch.dtype, shape: tuple[int, ...]) -> Codec:

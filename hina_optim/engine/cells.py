@@ -1,0 +1,143 @@
+"""What runs at once: some parameters of a bucket, or a chunk of a large one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hina_optim.engine.bucket import Bucket
+from hina_optim.engine.program import Inputs, Program, Values
+from hina_optim.engine.transfers import Fetched
+from hina_optim.state.rounding import param_seeds
+
+__all__ = ["CPU_CHUNK", "FOLD", "GRAIN", "KEPT_VALUES", "LIVE_VALUES", "Cell", "cut"]
+
+#: Values alive at once, per element, while a segment runs (measured: 34 with the default techniques).
+LIVE_VALUES = 40
+#: Those of them that are kept from one segment to the next.
+KEPT_VALUES = 16
+#: Chunks begin at multiples of this many elements, which is a multiple of every fold (techniques.base.Folded); those
+#: that are cut between rows, at multiples of FOLD.
+GRAIN = 4096
+FOLD = 64
+#: On a CPU, eager chunks are small enough for the values in flight to stay in its caches.
+CPU_CHUNK = 1 << 17
+
+
+@dataclass
+class Cell:
+    """Parameters ``first … stop-1`` of a bucket; of a single one, optionally only elements ``begin … end-1``.
+
+    A chunk is cut from the flat parameter, or, with ``by_rows``, along its first dimension: the way for techniques and
+    codecs that tell rows apart, and for a parameter whose memory is not contiguous (channels last), which cannot be
+    flattened without a copy.
+    """
+
+    bucket: Bucket
+    program: Program
+    first: int
+    stop: int
+    begin: int
+    end: int
+    chunked: bool
+    by_rows: bool
+    last: bool
+    measured_scalars: Values
+    carry: Values | None = None
+    totals: list[Values] = field(default_factory=list)
+    inputs: Inputs | None = None
+    whole: Values = field(default_factory=dict)
+    kept: bool = True  # whether inputs and values stay from one segment to the next
+    fetched: Fetched | None = None
+
+    def homes(self, i: int) -> Values:
+        """What is worth bringing from host memory before segment ``i``: pieces, where they live."""
+        parts = self.bucket.hosted_parts
+        if not self.program.compiled:  # that takes all at once; else what is missing comes when it is asked for
+            parts = self.program.asked.get(-1 if self.kept else i, frozenset())
+        return self.pieces({part: self.bucket.storage[part] for part in parts})
+
+    def pieces(self, stacks: Mapping[str, Tensor]) -> Values:
+        """Its part of stored tensors: views."""
+        bucket, rows = self.bucket, slice(self.first, self.stop)
+        pieces = {name: stack[rows] for name, stack in stacks.items()}
+        if not self.chunked:
+            return pieces
+        like = {s.name for s in bucket.slots if s.shape == "like"} - bucket.key.zero_anchors
+        cut = {name + suffix for name in like for suffix in bucket.codecs[name].parts} & pieces.keys()
+        return pieces | self.chunk({name: pieces[name] for name in cut})
+
+    def chunk(self, values: Values) -> Values:
+        """The elements of the chunk of such tensors; all, where it is none."""
+        if not self.chunked:
+            return values
+        row = self.bucket.numel // self.bucket.key.local_shape[0] if self.by_rows else 1
+        cut = slice(self.begin // row, self.end // row)
+        # cut between rows, every part of a state has the parameter's rows as its first dimension
+        return {k: (v if self.by_rows else v.view(1, -1))[:, cut] for k, v in values.items()}
+
+    def lines(self) -> Values:
+        """Rows of the matrix view that are here, where not all are; of a flat piece, each element's row and column."""
+        shard, shape, device = self.bucket.shard, self.bucket.key.local_shape, self.bucket.key.device
+        columns = self.bucket.info.columns
+        if not self.bucket.info.is_matrix or (shard.is_complete and not self.chunked):
+            return {}
+        begin, end = shard.start + self.begin, shard.start + self.end
+        if len(shape) > 1:
+            return {"row_index": torch.arange(begin // columns, end // columns, device=device)}
+        index = torch.arange(begin, end, device=device)
+        return {"row_index": index // columns, "column_index": index % columns}
+
+
+def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None) -> Iterator[Cell]:
+    """The cells of a bucket for its next step.
+
+    Args:
+        bucket: With its state.
+        program: Its segments.
+        limit: Elements that may run at once.
+        loss: 0-d, the loss that was reported for this step; None where none was.
+    """
+    device = bucket.key.device
+    precise = torch.float32 if device.type == "mps" else torch.float64
+    t = (bucket.step + 1) - bucket.skipped.to(precise)
+    scalars = program.scalars(t)
+    lr = bucket.group["lr"]
+    scalars["lr"] = (
+        lr.to(device, program.compute).reshape(())
+        if isinstance(lr, Tensor)
+        else torch.full((), float(lr), dtype=program.compute, device=device)
+    )
+    if program.reads_loss:
+        scalars["loss"] = (
+            torch.full((bucket.size,), torch.nan, dtype=program.compute, device=device)
+            if loss is None
+            else loss.to(device, program.compute).reshape(1).expand(bucket.size)
+        )
+    if program.needs_index:
+        scalars["seeds"] = param_seeds(bucket.keys, int(bucket.group["seed"]), bucket.step)
+    n, numel = bucket.size, bucket.numel
+    by_rows = not _contiguous(bucket) or (program.needs_rows and len(bucket.key.local_shape) > 1)
+    if by_rows:
+        row = max(1, numel // max(1, bucket.key.local_shape[0] if bucket.key.local_shape else 1))
+        step = FOLD // math.gcd(row, FOLD)
+        limit = max(1, limit // row // step) * step * row
+    if numel > limit and not program.needs_whole and not (program.coded_rows and len(bucket.key.local_shape) == 1):
+        for p in range(n):
+            for begin in range(0, numel, limit):
+                end = min(begin + limit, numel)
+                yield Cell(bucket, program, p, p + 1, begin, end, True, by_rows, end == numel, scalars)
+        return
+    # without chunks a parameter must fit as a whole; small ones share a cell
+    each = max(1, limit // max(1, numel))
+    for first in range(0, n, each):
+        stop = min(n, first + each)
+        yield Cell(bucket, program, first, stop, 0, numel, False, False, True, scalars)
+
+
+def _contiguous(bucket: Bucket) -> bool:
+    return all(p.is_contiguous() and p.grad is not None and p.grad.is_contiguous() for p in bucket.params)
