@@ -70,7 +70,8 @@ format: $(DEV)
 	@$(PY) -m ruff check --fix --exit-zero $(CODE)
 	@$(PY) -m ruff format $(CODE)
 
-bench: export KINETO_LOG_LEVEL := 5
+# The profiler would report each of its starts.
+bench: export KINETO_LOG_LEVEL := 99
 bench: $(DEV)
 	@$(PY) -m benchmarks.bench $(ARGS)
 

@@ -125,16 +125,16 @@ class Bench:
             row.seconds.append(own)
             row.ratios.append(own / base)
             row.floors.append(row.must_bytes / self._copy.moved * copy / own)
-        row.temporary_bytes = gauges.temporary_bytes(optimizer.step, self.device)
         if contender.compiled:
             row.compile_seconds = max(0.0, sum(first) - 2 * statistics.median(row.seconds))
-        if self.device.type == "cuda":
-            row.waits = gauges.cuda_waits(optimizer.step)
         if contender.compiled or self.device.type == "cuda":
+            row.temporary_bytes = gauges.temporary_bytes(optimizer.step, self.device)
             row.ops = gauges.launches(optimizer.step, self.device)
-        else:
-            gauge = gauges.watch(optimizer)
-            row.ops, row.waits = sum(gauge.calls.values()), sum(gauge.waits.values())
+            row.waits = gauges.cuda_waits(optimizer.step) if self.device.type == "cuda" else None
+            return
+        seen: list[gauges.Gauge] = []
+        row.temporary_bytes = gauges.temporary_bytes(lambda: seen.append(gauges.watch(optimizer)), self.device)
+        row.ops, row.waits = sum(seen[0].calls.values()), sum(seen[0].waits.values())
 
 
 def recompiles(contender: Contender, shapes: Shapes) -> int:
@@ -165,7 +165,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     listed = "; ".join(f"{key}: {title}" for key, (title, _) in WORKLOADS.items())
@@ -180,7 +180,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for bench.json and bench.png")
     parser.add_argument("--write", action="store_true", help=f"put the tables into {report.PAGE.name}")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not 0 < args.scale <= 1:
         parser.error("--scale must be above 0 and at most 1")
     if args.rounds < 1:
@@ -190,9 +190,9 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print the tables; write them as JSON and as a picture."""
-    args = parse()
+    args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gauges import Gauge, graphs, watch
+from benchmarks import report
+from benchmarks.gauges import Gauge, graphs, must_move, watch
 from benchmarks.workloads import Named, Shapes, build, unet
 from hina_optim import create_optimizer, list_optimizers
 from hina_optim.engine.layout import LocalLayout, Shard
@@ -82,6 +83,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"profile": "memory_optimized"},
     ),
 }
+#: Columns of the table of passes in docs/performance.md.
+SHOWN = ("HinaAdaptive", "HinaAdaptive, bf16", "HinaAdaptive, 8bit", "Automagic_CameAMP", "Automagic_CameAMP_COptim", "Automagic_CameAMP_Improved")
 #: Compiling takes long, even without generating code: a few rows stand for all.
 COMPILED = (
     ("HinaAdaptive", "adapters"),
@@ -190,25 +193,43 @@ def measured() -> dict[str, Any]:
     return {"torch": torch.__version__.partition("+")[0], "rows": rows}
 
 
-def profiled(name: str, shapes: Shapes) -> Gauge:
-    """An ordinary step of an optimizer under the gauge."""
+def profiled(name: str, shapes: Shapes) -> tuple[Gauge, int]:
+    """An ordinary step of an optimizer under the gauge, and the bytes that it cannot do without."""
     optimizer = make(name, build(shapes), compile=False)
     for _ in range(2):
         optimizer.step()
-    return watch(optimizer)
+    return watch(optimizer), must_move(optimizer)
+
+
+def passes() -> str:
+    """Where the passes over memory are: functions by bytes an element, on a matrix in chunks, as Markdown."""
+    shapes = SHAPES["chunks"]()
+    each = sum(torch.Size(shape).numel() for _, shape in shapes)
+    gauges = {name: profiled(name, shapes) for name in SHOWN}
+    least = {name: (sum(gauge.moved.values()), must) for name, (gauge, must) in gauges.items()}
+    lines = [f"| bytes an element | {' | '.join(f'`{name}`' for name in SHOWN)} |", "|---|" + "---:|" * len(SHOWN)]
+    lines.append("| that must be moved | " + " | ".join(f"{must / each:.0f}" for _, must in least.values()) + " |")
+    lines.append("| that operators move | " + " | ".join(f"**{all_ / each:.0f}**" for all_, _ in least.values()) + " |")
+    lines.append("| operators | " + " | ".join(f"{sum(g.calls.values()):,}" for g, _ in gauges.values()) + " |")
+    order = sorted({s for g, _ in gauges.values() for s in g.sites}, key=lambda s: -max(g.sites[s] for g, _ in gauges.values()))
+    for where in order:
+        numbers = [gauge.sites[where] / each for gauge, _ in gauges.values()]
+        if max(numbers) >= 10:
+            lines.append(f"| `{where}` | " + " | ".join(f"{n:.0f}" if n >= 0.5 else "" for n in numbers) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Show what moved, write the table, or show which operators an optimizer's step consists of."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"renew {TABLE.name}")
+    parser.add_argument("--write", action="store_true", help=f"renew {TABLE.name}, and the passes in {report.PAGE.name}")
     parser.add_argument("--ops", metavar="NAME", help="the operators of an optimizer's step, by the bytes they move")
     parser.add_argument("--workload", choices=list(SHAPES), default="chunks", help="for --ops (default: chunks)")
     args = parser.parse_args()
     logging.getLogger("hina_optim").setLevel(logging.ERROR)  # no loss is reported here
     if args.ops:
         shapes = SHAPES[args.workload]()
-        gauge = profiled(args.ops, shapes)
+        gauge, _ = profiled(args.ops, shapes)
         each = sum(torch.Size(shape).numel() for _, shape in shapes)
         for title, moved, calls in (("operator", gauge.moved, gauge.calls), ("where", gauge.sites, {})):
             print(f"{title:<44} {'calls':>7} {'bytes an element':>17}")
@@ -221,6 +242,7 @@ def main() -> None:
         lines = [f"  {json.dumps(row)}: {json.dumps(counts)}" for row, counts in found["rows"].items()]
         text = ",\n".join(lines)
         TABLE.write_text(f'{{"torch": {json.dumps(found["torch"])}, "rows": {{\n{text}\n}}}}\n')
+        report.write(passes(), "passes")
         return
     known = table()["rows"]
     moved = [line for row, counts in found["rows"].items() for line in compare(row, known.get(row, {}), counts)]

@@ -42,9 +42,9 @@ def transformer(scale: float = 1.0) -> Shapes:
 
 
 def unet(scale: float = 1.0) -> Shapes:
-    """The residual blocks of a diffusion U-Net: 3 × 3 kernels of 128 to 512 channels on the way down and up, 1 × 1
+    """The residual blocks of a diffusion U-Net: 3 × 3 kernels of 96 to 384 channels on the way down and up, 1 × 1
     where channels change, norms, and a projection of the time embedding; the scale is that of the elements."""
-    base = max(8, round(128 * math.sqrt(scale) / 8) * 8)
+    base = max(8, round(96 * math.sqrt(scale) / 8) * 8)
     time = 4 * base
     made: Shapes = [("conv_in.weight", (base, 4, 3, 3)), ("conv_in.bias", (base,))]
     skips = [base]

@@ -289,7 +289,7 @@ def test_large_models_take_seconds(model: dict[str, tuple[int, ...]], size: int)
 
 
 def test_which_rung_fits() -> None:
-    shapes = {"a": (1000, 1000), "b": (512, 512)}
+    shapes = {"a": (8000, 4000), "b": (512, 512)}
     planned = plan(shapes)
     assert planned.rung is None and all(rung.fits is None for rung in planned.rungs)
     names = [rung.name for rung in planned.rungs]
@@ -318,12 +318,13 @@ def test_every_rung_of_a_plan_comes_true(name: str) -> None:
 
 
 def test_state_on_the_host() -> None:
-    shapes = {"a": (1000, 1000), "b": (512, 512)}
-    count = 1000 * 1000 + 512 * 512
+    shapes = {"a": (8000, 4000), "b": (512, 512)}
+    count = 8000 * 4000 + 512 * 512
     usual = plan(shapes)
     anchors = plan(shapes, anchor_device="cpu")
     assert (anchors.host_bytes, anchors.state_bytes) == (4 * count, usual.state_bytes)
-    assert anchors.total_bytes == usual.total_bytes - 4 * count
+    assert anchors.total_bytes - anchors.temporary_bytes == usual.total_bytes - usual.temporary_bytes - 4 * count
+    assert anchors.total_bytes == next(r.total_bytes for r in usual.rungs if r.name == "anchor_device=cpu")
     everything = plan(shapes, state_device="cpu", state_precision="8bit")
     assert everything.host_bytes == sum(sum(everything.state[n].values()) for n in LIKE)
     assert "of it on the host" in str(everything) and "of it on the host" not in str(usual)

@@ -295,10 +295,11 @@ def _planned(
         for p, shape in zip([one.param for one in every], local, strict=True)
     )
     master = 4 * here if sharding in _ZERO else 0
-    temporary = sizes.temporary_bytes(every, local, sharding not in ("none", "ddp"))
-    base = weights + master + gradients + temporary
+    cut = sharding not in ("none", "ddp")
+    temporary = sizes.temporary_bytes(every, local, cut)
+    base = weights + master + gradients
     budget = None if vram_gb is None else int(vram_gb * GIB)
-    rungs = _rungs(optimizer, local, base, budget, zero, dtype, device)
+    rungs = _rungs(optimizer, local, base, budget, zero, dtype, device, cut)
     notes = [_ASSUMED[sharding]] if _ASSUMED[sharding] else []
     if sharding not in ("none", "ddp"):
         notes.append(_WHOLE)
@@ -369,6 +370,7 @@ def _rungs(
     zero: set[int] | None,
     dtype: torch.dtype | None,
     device: torch.device | None,
+    cut: bool,
 ) -> tuple[PlannedRung, ...]:
     """The ladder from the top, each step with all before it."""
     groups = [dict(group) for group in optimizer.param_groups]
@@ -376,7 +378,7 @@ def _rungs(
     def planned(name: str, cost: str) -> PlannedRung:
         every = sizes.kept(optimizer, groups, zero, dtype, device)
         state, host = _total(every, local), _total(every, local, hosted=True)
-        total = base + state - host
+        total = base + state - host + sizes.temporary_bytes(every, local, cut)
         return PlannedRung(name, state, host, total, None if budget is None else total <= budget, cost)
 
     found = [planned("as built", "")]
@@ -386,7 +388,7 @@ def _rungs(
         for group in groups:
             group.update(rung.options(group))
         taken = planned(rung.name, rung.cost)
-        if taken.total_bytes < found[-1].total_bytes:
+        if taken.state_bytes - taken.host_bytes < found[-1].state_bytes - found[-1].host_bytes:
             found.append(taken)
         else:
             groups = before
