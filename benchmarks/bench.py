@@ -109,7 +109,9 @@ class Bench:
         except ImportError as error:
             row.status = f"not installed ({error.name})" if error.name else f"not installed: {error}"
         except Exception as error:
-            row.status = f"does not run here: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            row.status = (
+                f"does not run here: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
         gc.collect()
         return row
 
@@ -214,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
             title, shapes = WORKLOADS[key][0], WORKLOADS[key][1](args.scale)
             bench = Bench(shapes, device, Effort(args.rounds, args.seconds), int(256e6 * max(args.scale, 0.25)))
             sizes = [p.numel() for _, p in bench.named]
-            entry = {"title": title, "tensors": len(sizes), "elements": sum(sizes), "rows": []}
+            entry: dict[str, Any] = {"title": title, "tensors": len(sizes), "elements": sum(sizes), "rows": []}
             found["workloads"][key] = entry
             print("\n" + report.heading(key, entry) + "\n" + report.HEAD, flush=True)
             for contender in chosen:

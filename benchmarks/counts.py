@@ -84,7 +84,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 #: Columns of the table of passes in docs/performance.md.
-SHOWN = ("HinaAdaptive", "HinaAdaptive, bf16", "HinaAdaptive, 8bit", "Automagic_CameAMP", "Automagic_CameAMP_COptim", "Automagic_CameAMP_Improved")
+SHOWN = (
+    "HinaAdaptive",
+    "HinaAdaptive, bf16",
+    "HinaAdaptive, 8bit",
+    "Automagic_CameAMP",
+    "Automagic_CameAMP_COptim",
+    "Automagic_CameAMP_Improved",
+)
 #: Compiling takes long, even without generating code: a few rows stand for all.
 COMPILED = (
     ("HinaAdaptive", "adapters"),
@@ -94,7 +101,7 @@ COMPILED = (
 
 
 class Counting(LocalLayout):
-    """One process that takes itself for one of several: all is here, and what the ranks would do together is counted."""
+    """One process that takes itself for one of several: all is here, and what ranks would do together is counted."""
 
     sharded = True
 
@@ -175,7 +182,7 @@ def compare(row: str, known: dict[str, int], found: dict[str, int]) -> list[str]
         if share > TOLERANCES[key]:
             lines.append(f"{row}: {key} grew from {then:,} to {now:,} ({share:+.1%})")
         elif share < -max(TOLERANCES[key], SHRINKS):
-            lines.append(f"{row}: {key} shrank from {then:,} to {now:,} ({share:+.1%}): write it down, so that it stays")
+            lines.append(f"{row}: {key} shrank from {then:,} to {now:,} ({share:+.1%}): write it down to keep it")
     return lines
 
 
@@ -205,24 +212,38 @@ def passes() -> str:
     """Where the passes over memory are: functions by bytes an element, on a matrix in chunks, as Markdown."""
     shapes = SHAPES["chunks"]()
     each = sum(torch.Size(shape).numel() for _, shape in shapes)
-    gauges = {name: profiled(name, shapes) for name in SHOWN}
-    least = {name: (sum(gauge.moved.values()), must) for name, (gauge, must) in gauges.items()}
+    found = [profiled(name, shapes) for name in SHOWN]
     lines = [f"| bytes an element | {' | '.join(f'`{name}`' for name in SHOWN)} |", "|---|" + "---:|" * len(SHOWN)]
-    lines.append("| that must be moved | " + " | ".join(f"{must / each:.0f}" for _, must in least.values()) + " |")
-    lines.append("| that operators move | " + " | ".join(f"**{all_ / each:.0f}**" for all_, _ in least.values()) + " |")
-    lines.append("| operators | " + " | ".join(f"{sum(g.calls.values()):,}" for g, _ in gauges.values()) + " |")
-    order = sorted({s for g, _ in gauges.values() for s in g.sites}, key=lambda s: -max(g.sites[s] for g, _ in gauges.values()))
-    for where in order:
-        numbers = [gauge.sites[where] / each for gauge, _ in gauges.values()]
-        if max(numbers) >= 10:
-            lines.append(f"| `{where}` | " + " | ".join(f"{n:.0f}" if n >= 0.5 else "" for n in numbers) + " |")
+
+    def add(title: str, cells: list[str]) -> None:
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+
+    add("that must be moved", [f"{must / each:.0f}" for _, must in found])
+    add("that operators move", [f"**{sum(gauge.moved.values()) / each:.0f}**" for gauge, _ in found])
+    add("calls of operators", [f"{sum(gauge.calls.values()):,}" for gauge, _ in found])
+    most = Counter[str]()
+    for gauge, _ in found:
+        most |= gauge.sites
+    for where, largest in most.most_common():
+        if largest / each >= 10:
+            numbers = [gauge.sites[where] / each for gauge, _ in found]
+            add(f"`{where}`", [f"{n:.0f}" if n >= 0.5 else "" for n in numbers])
     return "\n".join(lines)
+
+
+def _show(title: str, moved: Counter[str], calls: Counter[str], elements: int) -> None:
+    print(f"{title:<44} {'calls':>7} {'bytes an element':>17}")
+    for key, total in moved.most_common():
+        print(f"{key:<44} {calls.get(key, ''):>7} {total / elements:>17.1f}")
+    print(f"{'all':<44} {sum(calls.values()) or '':>7} {sum(moved.values()) / elements:>17.1f}\n")
 
 
 def main() -> None:
     """Show what moved, write the table, or show which operators an optimizer's step consists of."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"renew {TABLE.name}, and the passes in {report.PAGE.name}")
+    parser.add_argument(
+        "--write", action="store_true", help=f"renew {TABLE.name}, and the passes in {report.PAGE.name}"
+    )
     parser.add_argument("--ops", metavar="NAME", help="the operators of an optimizer's step, by the bytes they move")
     parser.add_argument("--workload", choices=list(SHAPES), default="chunks", help="for --ops (default: chunks)")
     args = parser.parse_args()
@@ -231,11 +252,8 @@ def main() -> None:
         shapes = SHAPES[args.workload]()
         gauge, _ = profiled(args.ops, shapes)
         each = sum(torch.Size(shape).numel() for _, shape in shapes)
-        for title, moved, calls in (("operator", gauge.moved, gauge.calls), ("where", gauge.sites, {})):
-            print(f"{title:<44} {'calls':>7} {'bytes an element':>17}")
-            for key, total in moved.most_common():
-                print(f"{key:<44} {calls.get(key, ''):>7} {total / each:>17.1f}")
-            print(f"{'all':<44} {sum(calls.values()) or '':>7} {sum(moved.values()) / each:>17.1f}\n")
+        _show("operator", gauge.moved, gauge.calls, each)
+        _show("where", gauge.sites, Counter(), each)
         return
     found = measured()
     if args.write:
@@ -245,8 +263,8 @@ def main() -> None:
         report.write(passes(), "passes")
         return
     known = table()["rows"]
-    moved = [line for row, counts in found["rows"].items() for line in compare(row, known.get(row, {}), counts)]
-    print("\n".join(moved) or "nothing moved")
+    changes = [line for row, counts in found["rows"].items() for line in compare(row, known.get(row, {}), counts)]
+    print("\n".join(changes) or "nothing moved")
 
 
 if __name__ == "__main__":

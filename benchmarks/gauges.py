@@ -29,6 +29,8 @@ LIBRARY = Path(hina_optim.__file__).parent
 WAITING = frozenset(
     ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "unique", "_unique2")
 )
+#: Operators that wait if they are given a mask, to count what it lets through.
+MASKED = frozenset(("index", "index_put", "index_put_"))
 #: Operators that write over what they change without reading it.
 OVERWRITING = frozenset(("copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_"))
 
@@ -64,9 +66,12 @@ class Gauge(TorchDispatchMode):
         """Run the operator and take its measures."""
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
+        if name.startswith("_record_function"):  # torch's note for the profiler that a step begins
+            return func(*args, **kwargs)
         self.calls[name] += 1
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if name in WAITING and any(x.untyped_storage()._cdata not in self._host for x in given):
+        masked = name in MASKED and any(x.dtype in (torch.bool, torch.uint8) for x in given[1:])
+        if (name in WAITING or masked) and any(x.untyped_storage()._cdata not in self._host for x in given):
             self.waits[name] += 1
         for x in given:
             self._meet(x, new=False)

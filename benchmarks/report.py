@@ -12,7 +12,7 @@ COLUMNS = ("ms", "× fused", "quartiles", "floor", "temp MB", "state MB", "ops",
 WIDTHS = (9, 8, 13, 6, 9, 9, 7, 6, 8, 6)
 NAME = 50
 HEAD = f"{'optimizer':<{NAME}}" + "".join(f" {c:>{w}}" for c, w in zip(COLUMNS, WIDTHS, strict=True))
-LEGEND = """× fused: median over the rounds of the time over that of torch's fused AdamW in the same round, and its quartiles.
+LEGEND = """× fused: time over that of torch's fused AdamW in the same round; median over the rounds, and quartiles.
 floor: time of a copy of the bytes that must be moved (gradient, weights, state) over the time of the step.
 temp: bytes that torch's allocator handed out at most during a step (profiler on a CPU, allocator statistics on CUDA).
 ops: dispatcher calls a step, views included; compiled: operators and graphs; CUDA: kernels. waits: host syncs a step.
@@ -107,7 +107,9 @@ def picture(found: dict[str, Any], path: Path) -> str:
         colors = ["tab:blue" if row["ours"] else "tab:gray" for row in rows]
         axes.barh([row["name"] for row in rows], middle, xerr=errors, color=colors)
         axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.set(xscale="log", xlabel="time over that of torch's fused AdamW", title=heading(key, found["workloads"][key]))
+        axes.set(
+            xscale="log", xlabel="time over that of torch's fused AdamW", title=heading(key, found["workloads"][key])
+        )
         axes.title.set_fontsize(9)
         axes.invert_yaxis()
         axes.tick_params(labelsize=7)

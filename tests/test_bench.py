@@ -35,7 +35,7 @@ def watched(run: Any) -> gauges.Gauge:
     return gauges.watch(Step([nn.Parameter(torch.ones(1))], run))
 
 
-# -- workloads -----------------------------------------------------------------------------------------------------------
+# -- workloads --------------------------------------------------------------------------------------------------------
 
 
 def test_workloads_have_the_sizes_that_are_told() -> None:
@@ -56,7 +56,7 @@ def test_parameters_are_the_same_each_time() -> None:
         assert p.grad.any() and bool(p.any()) != ("lora_B" in name)
 
 
-# -- gauges --------------------------------------------------------------------------------------------------------------
+# -- gauges -----------------------------------------------------------------------------------------------------------
 
 
 def test_calls_and_bytes_of_operators() -> None:
@@ -92,7 +92,7 @@ def test_peak_is_that_of_the_allocator() -> None:
         w.mul_(2)
 
     assert watched(run).peak == 160_000
-    assert gauges.temporary_bytes(run, CPU) == 160_000
+    assert gauges.temporary_bytes(run, CPU) == pytest.approx(160_000, abs=100)  # numbers become tensors of one element
 
 
 def test_peak_of_a_step() -> None:
@@ -108,9 +108,10 @@ def test_peak_of_a_step() -> None:
 def test_waits_are_reads_of_what_is_on_a_device() -> None:
     """A counter on the host may be read; a value that was computed may not."""
     p = nn.Parameter(torch.ones(3))
-    optimizer = Step([p], lambda: (float(optimizer.state[p]["step"]), float(p.sum()), p[p > 0]))
+    x = p.detach()
+    optimizer = Step([p], lambda: (float(optimizer.state[p]["step"]), float(x.sum()), x[x > 0], x[x.long()]))
     optimizer.state[p]["step"] = torch.tensor(1.0)
-    assert gauges.watch(optimizer).waits == {"_local_scalar_dense": 1, "nonzero": 1}
+    assert gauges.watch(optimizer).waits == {"_local_scalar_dense": 1, "index": 1}
 
 
 def test_sites_are_functions_of_the_library() -> None:
@@ -141,7 +142,7 @@ def test_launches_count_operators_once() -> None:
     assert gauges.launches(lambda: (x.reshape(2, 5) + 1).sum(), CPU) == 3
 
 
-# -- rows ----------------------------------------------------------------------------------------------------------------
+# -- rows -------------------------------------------------------------------------------------------------------------
 
 
 def small_bench() -> bench.Bench:
@@ -175,7 +176,9 @@ def test_what_is_not_there_or_fails_says_so() -> None:
     assert row.status == "not installed (no_such_library_as_this)" and not row.seconds
     row = found.measure(contenders.Contender("b", lambda named: torch.optim.AdamW([p for _, p in named], lr=-1.0)))
     assert row.status.startswith("does not run here: ValueError: Invalid learning rate")
-    assert report.line(bench.asdict(row)).startswith("b  ") and "Invalid learning rate" in report.line(bench.asdict(row))
+    assert report.line(bench.asdict(row)).startswith("b  ") and "Invalid learning rate" in report.line(
+        bench.asdict(row)
+    )
 
 
 def test_every_optimizer_and_variant_is_in_the_table() -> None:
@@ -223,7 +226,7 @@ def test_recompilations_are_counted() -> None:
     assert bench.recompiles(contenders.Contender("x", Stubborn, compiled=True), [("w", (8, 8))]) > 0
 
 
-# -- the report ----------------------------------------------------------------------------------------------------------
+# -- the report -------------------------------------------------------------------------------------------------------
 
 
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -357,6 +357,16 @@ def test_shards(by_rows: bool) -> None:
     assert same(*results)
 
 
+def test_without_pinned_memory(caplog: pytest.LogCaptureFixture) -> None:
+    """There is none without a GPU: ordinary memory is used, and it is said once."""
+    if torch.cuda.is_available():
+        pytest.skip("there is pinned memory here")
+    transfers, value = Transfers(), torch.ones(3)
+    for _ in range(2):
+        assert torch.equal(transfers.keep(value, torch.device("cuda")), value)
+    assert len(caplog.records) == 1 and "could not be pinned" in caplog.text
+
+
 @pytest.mark.usefixtures("copying")
 def test_out_of_memory_while_hosted() -> None:
     """Pieces that are on their way are given up, and come again."""

@@ -74,12 +74,13 @@ class Runner:
         try:
             self._reserve(work)
             self.transfers.begin({bucket.key.device for bucket, _ in work})
+            ahead = any(bucket.hosted for bucket, _ in work)
             domains = self._domains(work)
             cells = next(domains, None)
             while cells:
-                following = next(domains, None)
+                following = next(domains, None) if ahead else None
                 self._domain(cells, following[0] if following else None)
-                cells = following
+                cells = following if ahead else next(domains, None)
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, ExhaustionError) or not is_out_of_memory(error):
                 raise
@@ -279,6 +280,8 @@ class Runner:
                     results.append((cell, sums))
             if results:
                 self._reduce(results, cells)
+        for cell in cells:  # what outlives its use leaves holes in the heap
+            cell.totals, cell.whole = [], {}
 
     def _run(self, cell: Cell, i: int, complete: list[Tensor] | None) -> tuple[Inputs, Values, Values]:
         """Segment ``i`` of a cell; nothing changes but in the last one, at its end."""

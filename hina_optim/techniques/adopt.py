@@ -53,12 +53,12 @@ class AdoptNormalization(Technique):
         return (EXP_AVG_SQ,)
 
     def scalars(self, t: Tensor) -> dict[str, Tensor]:
-        """Whether the parameter may move, the weights of old and new second moment, and the bound."""
+        """Whether the parameter may move, the weight of the old second moment, and the bound."""
         is_open = (t > 1).to(t.dtype)
         keep = self.beta2 * is_open
         bound = (t - 1) ** 0.25
         divisor = torch.where(bound > 0, bound, 1)
-        return {"open": is_open, "keep": keep, "take": 1 - keep, "bound": bound, "divisor": divisor}
+        return {"open": is_open, "keep": keep, "bound": bound, "divisor": divisor}
 
     def transform(self, flow: Flow) -> None:
         """Set what enters the first moment, and the new second moment."""
@@ -67,9 +67,9 @@ class AdoptNormalization(Technique):
         # At t = 1 the bound is 0, and so is what enters, whatever the division gives.
         # min(max(x, -bound), bound) as a clip to ±1 of x / bound: clips to numbers run several times faster than to
         # tensors
-        unit = grad / (v.sqrt().clamp(min=self.eps) * flow.scalar(self, "divisor"))
-        flow["incoming"] = unit.clamp(-1, 1) * bound
-        flow.new["exp_avg_sq"] = torch.addcmul(flow.scalar(self, "keep") * v, grad * flow.scalar(self, "take"), grad)
+        root = v.sqrt().clamp_(min=self.eps).mul_(flow.scalar(self, "divisor"))
+        flow["incoming"] = (grad / root).clamp_(-1, 1).mul_(bound)
+        flow.new["exp_avg_sq"] = (grad * grad).lerp_(v, flow.scalar(self, "keep"))
         flow["lr"] = flow["lr"] * flow.scalar(self, "open")
         flow["rate"] = flow["rate"] * flow.scalar(self, "open")
 
@@ -116,8 +116,7 @@ class Momentum(Technique):
         """β₁ of this step, where it decays."""
         if self.decay == 1:
             return {}
-        keep = (self.beta1 * self.decay ** (t - 1)).clamp(min=self.floor)
-        return {"keep": keep, "take": 1 - keep}
+        return {"take": 1 - (self.beta1 * self.decay ** (t - 1)).clamp(min=self.floor)}
 
     def transform(self, flow: Flow) -> None:
         """Update the moment and set the direction."""
@@ -129,9 +128,7 @@ class Momentum(Technique):
             damping = clip if damping is None else clip * damping
         if damping is not None:
             incoming = damping * incoming
-        if self.decay == 1:
-            m = self.beta1 * flow.state["exp_avg"] + (1 - self.beta1) * incoming
-        else:
-            m = flow.scalar(self, "keep") * flow.state["exp_avg"] + flow.scalar(self, "take") * incoming
+        take = 1 - self.beta1 if self.decay == 1 else flow.scalar(self, "take")
+        m = torch.lerp(flow.state["exp_avg"], incoming, take)
         flow.new["exp_avg"] = m
         flow["update"] = m

@@ -34,11 +34,16 @@ class AdaptiveGradientRegularization(Technique):
 
     def sums(self, flow: Flow) -> Sums:
         """``|g|``."""
-        return {"magnitude": flow["grad"].abs()}
+        magnitude = flow["grad"].abs()
+        if not torch.compiler.is_compiling():  # compiled, to compute it again costs less than to keep it
+            flow["agr.magnitude"] = magnitude
+        return {"magnitude": magnitude}
 
     def settle(self, flow: Flow, totals: dict[str, torch.Tensor]) -> None:
         """Apply the factor."""
         grad, total = flow["grad"], totals["magnitude"]
         # the inverse is one number a parameter; a gradient that is zero everywhere has none
         inverse = torch.where(total > 0, 1 / total, 0)
-        flow["grad"] = torch.addcmul(grad, grad, grad.abs() * inverse, value=-1)
+        magnitude = flow.values.pop("agr.magnitude", None)
+        share = (grad.abs() if magnitude is None else magnitude) * inverse
+        flow["grad"] = torch.addcmul(grad, grad, share, value=-1)

@@ -190,6 +190,7 @@ class Flow:
         self.new = new
         self.scalars = scalars
         self.info = info
+        self._signs: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]
@@ -203,6 +204,14 @@ class Flow:
     def get(self, name: str) -> Tensor | None:
         """The value, or None where no technique has set it."""
         return self.values.get(name)
+
+    def sign_of(self, name: str) -> Tensor:
+        """The signs of a value, computed once for all techniques that ask; not to be written to."""
+        value = self.values[name]
+        held = self._signs.get(name)
+        if held is None or held[0] is not value:
+            held = self._signs[name] = value, value.sign()
+        return held[1]
 
     def per_param(self, x: Tensor) -> Tensor:
         """Reshape ``[N]`` to ``[N, 1, …]`` so that it broadcasts against the parameters present."""
@@ -321,7 +330,10 @@ class Technique:
         raise NotImplementedError(f"{type(self).__name__} names whole={self.whole} but has no whole_matrix()")
 
     def transform(self, flow: Flow) -> None:
-        """Change the flow, element by element."""
+        """Change the flow, element by element.
+
+        In place only what this very call has made: a segment may have to run twice.
+        """
 
     def sums(self, flow: Flow) -> Sums:
         """Element-wise tensors whose sums over the whole parameter :meth:`settle` needs. Changes nothing."""

@@ -34,14 +34,15 @@ class Cautious(Technique):
 
     def transform(self, flow: Flow) -> None:
         """Mask the update."""
-        update = flow["update"]
-        # 1 where the signs agree, 0 elsewhere, without a boolean tensor: those do not vectorize
-        flow["update"] = update * (update.sign() * flow["grad"].sign()).clamp(min=0)
+        sign = flow.sign_of("grad")
+        # |u| where the signs agree, 0 elsewhere, without a boolean tensor: those do not vectorize
+        agreeing = (flow["update"] * sign).clamp_(min=0)
+        flow["cautious.agreeing"] = agreeing
+        flow["update"] = agreeing * sign
 
     def sums(self, flow: Flow) -> Sums:
-        """The mask: where the update agrees with the gradient it is not zero, elsewhere it now is."""
-        update = flow["update"]
-        return {"kept": update.sign().abs()}
+        """The mask: 1 where the update agrees with the gradient, 0 elsewhere."""
+        return {"kept": flow.values.pop("cautious.agreeing").sign()}
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Scale so that the mean step is kept."""

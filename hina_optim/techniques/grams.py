@@ -23,4 +23,4 @@ class Grams(Technique):
 
     def transform(self, flow: Flow) -> None:
         """Replace the signs."""
-        flow["update"] = flow["update"].abs() * flow["grad"].sign()
+        flow["update"] = flow["update"].abs() * flow.sign_of("grad")

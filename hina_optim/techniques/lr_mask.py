@@ -99,16 +99,17 @@ class LearningRateMask(Technique):
     def transform(self, flow: Flow) -> None:
         """Move the mask, remember the signs, and set the rate."""
         mask, last = flow.state["lr_mask"], flow.state["last_sign"]
-        sign = flow["grad"].sign()
+        down, moving, bump_scale = flow.scalar(self, "down"), flow.scalar(self, "moving"), flow.get("bump_scale")
+        sign = flow.sign_of("grad")
         agreement = sign * last
-        bump = agreement * flow.scalar(self, "down")
+        size: Tensor = down
         if self.d_coef != 1:
-            bump = bump + agreement.clamp(min=0) * (flow.scalar(self, "up") - flow.scalar(self, "down"))
-        bump_scale = flow.get("bump_scale")
+            size = torch.addcmul(down, agreement.clamp(min=0), flow.scalar(self, "up") - down)
         if bump_scale is not None:
-            bump = bump * bump_scale
-        mask = (mask + bump).clamp(self.min_lr, self.max_lr)
-        seen = sign.abs() * flow.scalar(self, "moving")
+            size = size * bump_scale
+        mask = torch.addcmul(mask, agreement, size).clamp_(self.min_lr, self.max_lr)
         flow.new["lr_mask"] = mask
-        flow.new["last_sign"] = torch.addcmul(last, seen, sign - last)
+        # last + moving·(sign - last) where there is a sign; with sign·agreement = last there, and 0 elsewhere
+        change = torch.addcmul(moving, moving, agreement, value=-1)
+        flow.new["last_sign"] = torch.addcmul(last, sign, change)
         flow["rate"] = mask * (flow["rate"] / self.start_lr)
