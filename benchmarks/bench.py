@@ -1,6 +1,6 @@
 """Time, memory and operators of one optimizer step, beside what users would pick instead: ``make bench``.
 
-All in one run. Every row is measured against torch's fused AdamW and against a copy of memory, the three in turns, and
+All in one run. Every row is measured against torch's fused AdamW and against plain moving of memory, in turns, and
 what counts is the ratio within a round: absolute times mean little on a machine that is shared. The row of the fused
 AdamW is such a comparison too, of one with another: how far it is from 1 is what the ratios are worth.
 """
@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 import tempfile
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Row:
         status: Empty, or why there are no numbers.
         seconds: Of a step.
         ratios: To the step of the fused AdamW in the same round.
-        floors: Time that a copy of the bytes that must be moved takes at the speed of this round, over the step's.
+        floors: Time that moving the bytes that must be moved takes at the speed of this round, over the step's.
         must_bytes: Those bytes: gradients, weights and state.
         state_bytes: Bytes of state.
         temporary_bytes: Of the allocator, at most, beyond what a step begins with.
@@ -86,18 +87,18 @@ class Effort:
 
 
 class Bench:
-    """One workload: its parameters, the fused AdamW, and a copy; contenders come one at a time, to save memory."""
+    """One workload: its parameters, the fused AdamW, and a mover of memory; contenders come one by one, for memory."""
 
-    def __init__(self, shapes: Shapes, device: torch.device, effort: Effort, copy_bytes: int) -> None:
+    def __init__(self, shapes: Shapes, device: torch.device, effort: Effort, mover_bytes: int) -> None:
         self.device = device
         self.effort = effort
         self.named: Named = build(shapes, device)
         self._start = [p.detach().clone() for _, p in self.named]
-        self._copy = gauges.Copy(copy_bytes, device)
+        self._mover = gauges.Mover(mover_bytes, device)
         self._base = next(c for c in contenders() if c.name == BASE).build(self.named)
         for _ in range(2):
             self._base.step()
-            self._copy()
+            self._mover.speed()
 
     def measure(self, contender: Contender) -> Row:
         """All numbers of one contender; what does not run here says so in its row."""
@@ -117,16 +118,19 @@ class Bench:
 
     def _measure(self, contender: Contender, row: Row) -> None:
         optimizer = contender.build(self.named)
-        first = [gauges.clock(optimizer.step, self.device) for _ in range(2)]  # state; measuring and other steps
+        first = [gauges.clock(optimizer.step, self.device)]  # makes the state, and measures
+        if contender.compiled or first[0] < self.effort.seconds:
+            first.append(gauges.clock(optimizer.step, self.device))  # of the usual kind
         row.must_bytes = gauges.must_move(optimizer)
         row.state_bytes = gauges.state_bytes(optimizer)
         while not self.effort.enough(row):
-            copy = gauges.clock(self._copy, self.device)
+            speed = self._mover.speed()
             base = gauges.clock(self._base.step, self.device)
+            speed = (speed + self._mover.speed()) / 2  # and the same caches are left to both
             own = gauges.clock(optimizer.step, self.device)
             row.seconds.append(own)
             row.ratios.append(own / base)
-            row.floors.append(row.must_bytes / self._copy.moved * copy / own)
+            row.floors.append(row.must_bytes / speed / own)
         if contender.compiled:
             row.compile_seconds = max(0.0, sum(first) - 2 * statistics.median(row.seconds))
         if contender.compiled or self.device.type == "cuda":
@@ -134,9 +138,20 @@ class Bench:
             row.ops = gauges.launches(optimizer.step, self.device)
             row.waits = gauges.cuda_waits(optimizer.step) if self.device.type == "cuda" else None
             return
-        seen: list[gauges.Gauge] = []
-        row.temporary_bytes = gauges.temporary_bytes(lambda: seen.append(gauges.watch(optimizer)), self.device)
-        row.ops, row.waits = sum(seen[0].calls.values()), sum(seen[0].waits.values())
+        gauge = gauges.counter(optimizer)
+        if contender.ours:  # at once: a step may be long
+            with gauge:
+                row.temporary_bytes = gauges.temporary_bytes(optimizer.step, self.device)
+        else:
+            row.temporary_bytes = gauges.temporary_bytes(optimizer.step, self.device)
+            try:
+                with gauge:
+                    optimizer.step()
+            except (
+                RuntimeError
+            ):  # one that compiles by itself: under a gauge its graphs refuse to run, and from then on
+                return
+        row.ops, row.waits = sum(gauge.calls.values()), sum(gauge.waits.values())
 
 
 def recompiles(contender: Contender, shapes: Shapes) -> int:
@@ -176,6 +191,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compiled", action="store_true", help="this library's optimizers under torch.compile, too")
     parser.add_argument("--rounds", type=int, default=9, help="at most so many rounds a row (default 9)")
     parser.add_argument("--seconds", type=float, default=4.0, help="about so long a row, if three are done (default 4)")
+    parser.add_argument("--minutes", type=float, default=15.0, help="rows not begun by then are left out (default 15)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of each workload, above 0 (default 1)")
     parser.add_argument("--quick", action="store_true", help="1/256 of each workload, three rounds, no variants")
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's own choice)")
@@ -212,7 +228,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     with tempfile.TemporaryDirectory() as cache:  # compiling is measured from nothing
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
-        for key in args.workload:
+        begin = time.monotonic()
+        for place, key in enumerate(args.workload):
+            until = begin + 60 * args.minutes * (place + 1) / len(args.workload)
             title, shapes = WORKLOADS[key][0], WORKLOADS[key][1](args.scale)
             bench = Bench(shapes, device, Effort(args.rounds, args.seconds), int(256e6 * max(args.scale, 0.25)))
             sizes = [p.numel() for _, p in bench.named]
@@ -220,7 +238,10 @@ def main(argv: list[str] | None = None) -> None:
             found["workloads"][key] = entry
             print("\n" + report.heading(key, entry) + "\n" + report.HEAD, flush=True)
             for contender in chosen:
-                row = bench.measure(contender)
+                if time.monotonic() > until:
+                    row = Row(contender.name, contender.ours, "left out: the time was up (--minutes)")
+                else:
+                    row = bench.measure(contender)
                 if contender.compiled and contender.ours and not row.status:
                     row.recompiles = recompiles(contender, WORKLOADS[key][1](SMALL))
                 entry["rows"].append(asdict(row))

@@ -13,7 +13,7 @@ WIDTHS = (9, 8, 13, 6, 9, 9, 7, 6, 8, 6)
 NAME = 50
 HEAD = f"{'optimizer':<{NAME}}" + "".join(f" {c:>{w}}" for c, w in zip(COLUMNS, WIDTHS, strict=True))
 LEGEND = """× fused: time over that of torch's fused AdamW in the same round; median over the rounds, and quartiles.
-floor: time of a copy of the bytes that must be moved (gradient, weights, state) over the time of the step.
+floor: time of plainly moving the bytes that must be moved (gradient, weights, state) over the time of the step.
 temp: bytes that torch's allocator handed out at most during a step (profiler on a CPU, allocator statistics on CUDA).
 ops: dispatcher calls a step, views included; compiled: operators and graphs; CUDA: kernels. waits: host syncs a step.
 compile: seconds of the first two steps beyond two others; again: graphs made in 200 steps after the first three."""
@@ -95,9 +95,11 @@ def picture(found: dict[str, Any], path: Path) -> str:
         return "No picture: matplotlib is not installed."
     panels = {key: [row for row in e["rows"] if not row["status"]] for key, e in found["workloads"].items()}
     tallest = max((len(rows) for rows in panels.values()), default=0)
-    figure = Figure(figsize=(6.5 * max(1, len(panels)), 1.5 + 0.28 * tallest), layout="constrained")
+    across = min(2, max(1, len(panels)))
+    down = max(1, -(-len(panels) // across))
+    figure = Figure(figsize=(7.5 * across, down * (1.0 + 0.22 * tallest)), layout="constrained")
     for i, (key, rows) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), i + 1)
+        axes = figure.add_subplot(down, across, i + 1)
         middle = [statistics.median(row["ratios"]) for row in rows]
         spread = [quartiles(row["ratios"]) for row in rows]
         errors = [

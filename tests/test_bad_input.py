@@ -99,6 +99,8 @@ BAD: dict[str, list[Any]] = {
     "rounding": ["up", None],
     "seed": [1.5, math.nan],
     "compile": ["yes", 1],
+    "state_device": ["cuda", 0, True],
+    "anchor_device": ["cuda", 0, True],
 }
 
 

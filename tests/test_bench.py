@@ -137,6 +137,21 @@ def test_bytes_that_must_be_moved() -> None:
     assert gauges.must_move(ours) / 64**2 == pytest.approx(4 * 3 + 8 * 3 + 2 + 4, rel=0.01)
 
 
+def test_calls_alone() -> None:
+    """The fast gauge sees the same calls and waits, and nothing else."""
+    optimizer = HinaAdaptive(workloads.build([("w", (64, 64))]), lr=1e-4, compile=False)
+    for _ in range(2):
+        optimizer.step()
+    full = gauges.watch(optimizer)
+    with gauges.counter(optimizer) as fast:
+        optimizer.step()
+    assert fast.calls == full.calls and not fast.moved and not fast.peak
+    x = torch.ones(3)
+    with gauges.Gauge(calls_only=True) as gauge:
+        float(x.sum())
+    assert gauge.waits == {"_local_scalar_dense": 1}
+
+
 def test_launches_count_operators_once() -> None:
     x = torch.ones(10)
     assert gauges.launches(lambda: (x.reshape(2, 5) + 1).sum(), CPU) == 3
@@ -179,6 +194,19 @@ def test_what_is_not_there_or_fails_says_so() -> None:
     assert report.line(bench.asdict(row)).startswith("b  ") and "Invalid learning rate" in report.line(
         bench.asdict(row)
     )
+
+
+def test_a_library_that_compiles_by_itself() -> None:
+    """Its graphs refuse to run under the gauge; the row has its other numbers all the same."""
+
+    def build(named: workloads.Named) -> torch.optim.Optimizer:
+        add = torch.compile(lambda x: x + 1, fullgraph=True, backend="eager")
+        return Step([p for _, p in named], lambda: add(named[0][1].detach()))
+
+    row = small_bench().measure(contenders.Contender("x", build))
+    assert row.status == "" and len(row.seconds) == 3
+    assert row.ops is None and row.waits is None and row.temporary_bytes is not None
+    assert " - " in report.line(bench.asdict(row))
 
 
 def test_every_optimizer_and_variant_is_in_the_table() -> None:
@@ -235,6 +263,7 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench.main([*chosen, "--scale", "0.001", "--out", str(tmp_path)])
     text = capsys.readouterr().out
     assert "B: one matrix: 1 tensors, 0.1M elements" in text
+    assert "left out" not in text
     lines = [line for line in text.splitlines() if line.startswith(("torch", "Hina"))]
     assert [line.split("  ")[0] for line in lines] == [contenders.BASE, "torchao AdamW8bit", "HinaAdaptive, plain"]
     found = json.loads((tmp_path / "bench.json").read_text())
@@ -244,6 +273,13 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = report.markdown(found)
     assert table.count("\n| ") == 4
     assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+
+
+def test_a_run_ends_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main(["--quick", "--workload", "B", "L", "--minutes", "0", "--out", str(tmp_path)])
+    rows = [row for e in json.loads((tmp_path / "bench.json").read_text())["workloads"].values() for row in e["rows"]]
+    assert len(rows) > 20 and all(row["status"] == "left out: the time was up (--minutes)" for row in rows)
+    assert capsys.readouterr().out.count("left out") == len(rows)
 
 
 @pytest.mark.parametrize("wrong", [["--scale", "0"], ["--scale", "2"], ["--rounds", "0"], ["--workload", "X"]])

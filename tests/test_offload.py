@@ -53,7 +53,7 @@ def give(params: list[nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(step + 1)
     for p in params:
         grad = (torch.randn(p.shape, generator=generator) * 0.01).to(p.dtype)
-        p.grad = Far(grad) if isinstance(p, Far) else grad
+        p.grad = Far(grad) if isinstance(p, Far) else grad.to(p.device)
 
 
 def train(params: list[nn.Parameter], optimizer: HinaOptimizer, steps: range) -> None:
@@ -392,3 +392,38 @@ def test_out_of_memory_while_hosted() -> None:
         assert same(weights(mine), weights(calm[0]))
         for p, q in zip(mine, calm[0], strict=True):
             assert all(torch.equal(v, calm[1].state[q][k]) for k, v in its.state[p].items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adaptive", "adaptive 8bit", "came"])
+def test_on_a_gpu(name: str) -> None:
+    """The same to the bit with streams and pinned memory, over steps that follow each other without a pause."""
+    results = []
+    for device in ("cpu", None):
+        params, optimizer = build(name, lambda v: v.cuda(), state_device=device)
+        for step in range(10):
+            give(params, step)
+            optimizer.step()
+        optimizer.wait_for_state()
+        results.append(
+            {f"{i}.{k}": v.cpu().clone() for i, p in enumerate(params) for k, v in optimizer.state[p].items()}
+        )
+        results[-1] |= {str(i): p.detach().cpu() for i, p in enumerate(params)}
+        if device:
+            assert optimizer.state[params[3]]["lr_mask"].is_pinned()
+    assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
+
+
+@pytest.mark.gpu
+def test_a_step_with_hosted_state_never_waits() -> None:
+    params, optimizer = build("adaptive", lambda v: v.cuda(), state_device="cpu")
+    for p in params:
+        p.grad = torch.randn_like(p)
+    for _ in range(3):
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

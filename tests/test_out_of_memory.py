@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -59,12 +59,16 @@ def allocates(func: Any) -> bool:
 
 
 def trained(
-    name: str, dtype: torch.dtype = torch.float32, steps: int = 2, **more: Any
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    steps: int = 2,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    **more: Any,
 ) -> tuple[list[nn.Parameter], HinaOptimizer]:
     """Parameters and their optimizer after some steps, with the gradient of the next one."""
     kind, arguments = CASES[name]
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter((torch.randn(s, generator=generator) * 0.1).to(dtype)) for s in SHAPES]
+    params = [nn.Parameter((torch.randn(s, generator=generator) * 0.1).to(dtype)) for s in shapes]
     named = [(f"p{i}", p) for i, p in enumerate(params)]
     optimizer = kind(named, **{**arguments, "max_buffer_memory_mb": 0.1, **more})  # type: ignore[call-arg, arg-type]
     for step in range(steps + 1):
@@ -215,6 +219,30 @@ def test_training_goes_on_after_a_step_that_was_cut_short() -> None:
         optimizer.load_state_dict(optimizer.state_dict())
 
 
+def test_a_stack_that_was_updated_in_part() -> None:
+    """Of thirty parameters that run in three cells, some have taken the step: they and only they are one step ahead."""
+    base = trained("plain", shapes=[(20, 16)] * 30)
+    assert len(set(base[1]._buckets._of.values())) == 1
+    calm = again(base)
+    calm[1].step()
+    before, after = everything(*base), everything(*calm)
+    parted = 0
+    for n in places(allocations(base), 12):
+        params, optimizer = again(base)
+        with pytest.raises(torch.OutOfMemoryError), Scarce(n, lasting=True):
+            optimizer.step()
+        now, steps = everything(params, optimizer), []
+        for i, p in enumerate(params):
+            mine = [k for k in now if k == f"p{i}" or k.startswith(f"p{i}.")]
+            steps.append(float(optimizer.state[p]["step"]))
+            assert all(torch.equal(now[k], (after if steps[-1] == 3 else before)[k]) for k in mine), (n, i)
+        parted += len(set(steps)) == 2
+        for _ in range(2):
+            optimizer.step()
+        assert [float(optimizer.state[p]["step"]) for p in params] == [s + 2 for s in steps]
+    assert parted > 3
+
+
 def test_no_memory_for_the_state() -> None:
     """The first step: state is allocated before any weight changes."""
     base = trained("adaptive", steps=0)
@@ -279,7 +307,7 @@ class Reserving(Runner):
 
 
 class Upto(TorchDispatchMode):
-    """Has ``most`` bytes, and no more at once."""
+    """Has ``most`` bytes for the eight pieces in which memory is set aside."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -287,9 +315,23 @@ class Upto(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.empty.memory_format and result.nbytes > self.most:
+        if func is torch.ops.aten.empty.memory_format and result.nbytes * 8 > self.most:
             raise torch.OutOfMemoryError(WORDS)
         return result
+
+
+def test_a_step_remembers_how_much_there_was(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The next one does not ask in vain again, unless it is asked for another size."""
+    monkeypatch.setattr(Runner, "RESERVING", frozenset({"cpu"}))
+    p = nn.Parameter(torch.ones(600, 500))
+    p.grad = torch.ones_like(p)
+    optimizer = HinaAdamW([("weight", p)], lr=1e-3, max_buffer_memory_mb=64)
+    for size, said in ((64, 2), (64, 0), (32, 1)):
+        caplog.clear()
+        optimizer.param_groups[0]["max_buffer_memory_mb"] = size
+        with Upto(20_000_000):
+            optimizer.step()
+        assert len([r for r in caplog.records if "in pieces of" in r.getMessage()]) == said
 
 
 def test_memory_is_set_aside_before_anything_changes(caplog: pytest.LogCaptureFixture) -> None:

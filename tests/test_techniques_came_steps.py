@@ -115,12 +115,13 @@ def test_every_scale_moves_in_its_own_steps_only():
 def test_a_mean_that_waits_does_not_fade(state_precision):
     (slot,) = MultiScaleMomentum((1, 100)).slots(ParamInfo((8, 512)))
     codec = codec_for(slot, Storage(state_precision), torch.float32, (8, 512))
-    noise = torch.randint(-(2**31), 2**31 - 1, (1, 8, 512), dtype=torch.int32) if codec.noisy else None
-    once = codec.decode(codec.encode(draw(1, 8, 512).abs().neg(), noise))
-    again = once
-    for _ in range(99):
-        again = codec.decode(codec.encode(again, noise))
-    assert torch.equal(once, again)
+    assert codec.noisy
+    noise = [torch.randint(2**31 - 1, (1, 8, 512), dtype=torch.int32) for _ in range(100)]
+    once = again = codec.decode(codec.encode(draw(1, 8, 512).abs().neg(), noise[0]))
+    for bits in noise[1:]:
+        again = codec.decode(codec.encode(again, bits))
+    # to the bit in 16 bits; in 8, a product of scale and level may miss its last bit, and round up once in a while
+    assert (again - once).norm() <= (0 if state_precision == "bf16" else 1e-3) * once.norm()
 
 
 def test_a_constant_gradient_passes_through_all_scales_unchanged():

@@ -102,6 +102,7 @@ class HinaOptimizer(torch.optim.Optimizer):
         self._names: list[list[str] | None] = []
         self._layout: Layout = LocalLayout()
         self._transfers = Transfers()
+        self._granted = (0, 0)  # bytes of temporary memory that were asked for, and that there were
         self._buckets = Buckets(self)
         self._loss: Tensor | None = None
         self._said_no_loss = False
@@ -242,11 +243,13 @@ class HinaOptimizer(torch.optim.Optimizer):
                 agreed = self._agreed_loss(programs)
         if work:
             budget = min(int(b.group["max_buffer_memory_mb"] * 1e6) for b in work)
-            runner = Runner(self._layout, budget, agreed, self._transfers)
+            asked, granted = self._granted
+            runner = Runner(self._layout, granted if asked == budget else budget, agreed, self._transfers)
             try:
                 runner.step(programs)
             finally:  # whatever ends a step early: what it has updated has taken a step
                 self._buckets.advance(runner.updated)
+                self._granted = budget, runner.max_bytes
             self.after_step()
         return loss
 
@@ -458,6 +461,7 @@ class HinaOptimizer(torch.optim.Optimizer):
             self._layout = LocalLayout()
         self._loss, self._said_no_loss = None, False
         self._transfers = Transfers()
+        self._granted = (0, 0)
         self._buckets = Buckets(self)
         self._buckets.identities.aliases = dict(aliases)
         for g, known in enumerate(self._names):

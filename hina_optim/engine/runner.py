@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 #: Bytes of temporary memory with which a step makes do if it must.
 SMALLEST_BUFFER = 8_000_000
+#: Pieces in which memory is set aside.
+RESERVED = 8
 
 
 class Runner:
@@ -151,7 +153,8 @@ class Runner:
     def _has(device: torch.device, size: int) -> bool:
         for again in (False, True):
             try:
-                torch.empty(size, dtype=torch.uint8, device=device)
+                # in pieces, as it will be used: one alone could ask for new memory where enough blocks are free
+                [torch.empty(-(-size // RESERVED), dtype=torch.uint8, device=device) for _ in range(RESERVED)]
                 return True
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

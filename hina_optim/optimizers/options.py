@@ -192,14 +192,17 @@ OPTIONS: dict[str, Option] = {
     "vram_budget_gb": Option(
         rule.POSITIVE,
         "GiB, > 0. Checked when the state is allocated, against all that PyTorch has allocated on the GPU (on a CPU: "
-        "parameters, gradients and state). State that would not fit is kept in bf16, with a warning.",
+        "parameters, gradients and state). State that would not fit is kept in fewer bits or on the host, with a "
+        "warning; a budget below the parameters themselves is an error. See docs/memory.md.",
     ),
     "reduce_precision": Option(rule.FLAG, 'The same as state_precision="bf16".'),
     "cpu_offload_states": Option(rule.FLAG, 'The same as state_device="cpu".'),
     "adaptive_features": Option(
-        rule.FLAG, "Accepted and reported; nothing switches techniques off under memory pressure yet."
+        rule.FLAG,
+        "With emergency_simplify: let the ladder of memory switch techniques that keep state off, the last of its "
+        "rungs, each with a warning that names it. False: never.",
     ),
-    "emergency_simplify": Option(rule.FLAG, "Accepted and reported; without effect yet, like adaptive_features."),
+    "emergency_simplify": Option(rule.FLAG, "See adaptive_features; both are needed."),
     "max_buffer_memory_mb": Option(
         ENGINE_RULES["max_buffer_memory_mb"],
         "Bound on the temporary memory of a step, MB (10⁶ bytes), > 0. A parameter that a technique needs whole "

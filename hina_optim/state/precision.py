@@ -47,7 +47,7 @@ class Codec(Protocol):
         """Stored → float32."""
 
     def encode(self, value: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
-        """float32 → stored. ``noise``: uniform int32 bits of the same shape, if :attr:`noisy`."""
+        """float32 → stored. ``noise``: 31 uniform bits, int32 ≥ 0, of the same shape, if :attr:`noisy`."""
 
 
 @dataclass(frozen=True)
