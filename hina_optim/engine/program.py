@@ -21,7 +21,7 @@ from hina_optim.engine.layout import Shard
 from hina_optim.engine.plan import Segment, plan_segments
 from hina_optim.engine.transfers import Pieces
 from hina_optim.state.precision import compute_dtype
-from hina_optim.state.rounding import element_noise, round_stochastic
+from hina_optim.state.rounding import element_words, round_stochastic, stream_noise
 from hina_optim.techniques.base import ByColumn, ByRow, Flow, Folded, PeriodicTechnique, Sums, Technique
 
 __all__ = ["Inputs", "Program", "Values"]
@@ -249,18 +249,18 @@ class Program:
         update = flow["rate"] * flow["update"]
         target = torch.addcmul(param, update, flow["scale"], value=-1) if "scale" in flow else param - update
         if "decay" in flow:
-            target = torch.addcmul(target, flow["decay"], param, value=-1)
+            target.addcmul_(flow["decay"], param, value=-1)
         if "drift" in flow:
-            target = target - flow["drift"]
+            target.sub_(flow["drift"])
         if "pull" in flow:
-            target = torch.lerp(target, flow.state["anchor"].expand_as(target), flow["pull"])
-        index, seeds = scalars.get("index"), scalars.get("seeds")
-        if seeds is not None:
-            seeds = flow.per_param(seeds)
+            target.lerp_(flow.state["anchor"].expand_as(target), flow["pull"])
+        words: Tensor | None = None
+        if self.rounding == "stochastic" or any(self.bucket.codecs[name].noisy for name in flow.new):
+            words = element_words(flow.per_param(scalars["seeds"]), scalars["index"].to(torch.int32))
         old = stored["param"]
         if self.rounding == "stochastic":
-            assert seeds is not None and index is not None
-            written = round_stochastic(target, element_noise(seeds, index.to(torch.int32), 0), old.dtype)
+            assert words is not None
+            written = round_stochastic(target, stream_noise(words, 0), old.dtype)
         elif self.rounding == "kahan":
             # an element that does not move (lr 0) keeps weight and remainder: a remainder of half a bit would round up
             lost = flow.state[KAHAN.name]
@@ -276,10 +276,7 @@ class Program:
             if name in fixed and not last:
                 continue
             codec = self.bucket.codecs[name]
-            noise = None
-            if codec.noisy:
-                assert seeds is not None and index is not None
-                noise = element_noise(seeds, index.to(torch.int32), self.streams[name])
+            noise = stream_noise(words, self.streams[name]) if words is not None and codec.noisy else None
             for suffix, part in codec.encode(value, noise).items():
                 have = stored[name + suffix]
                 if isinstance(stored, Pieces):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["element_noise", "mix", "param_seeds", "round_stochastic"]
+__all__ = ["element_noise", "element_words", "mix", "param_seeds", "round_stochastic", "stream_noise"]
 
 _M1 = 0x7FEB352D
 _M2 = 0x846CA68B - (1 << 32)
@@ -40,7 +40,17 @@ def element_noise(seeds: Tensor, index: Tensor, stream: int) -> Tensor:
         index: int32 ``[1, *shape]``: global flat index of each element (wrapped to 32 bits).
         stream: Which of several independent draws in one step.
     """
-    return mix(mix(index ^ seeds) + (stream + 1) * 0x632BE59B) & 0x7FFFFFFF
+    return stream_noise(element_words(seeds, index), stream)
+
+
+def element_words(seeds: Tensor, index: Tensor) -> Tensor:
+    """What all streams of a step share, int32, ``[N, *shape]``: half of the work of a draw."""
+    return mix(index ^ seeds)
+
+
+def stream_noise(words: Tensor, stream: int) -> Tensor:
+    """The bits of one stream from :func:`element_words`; see :func:`element_noise`."""
+    return mix(words + (stream + 1) * 0x632BE59B) & 0x7FFFFFFF
 
 
 def round_stochastic(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
