@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hina_optim.state import codebooks
+
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
@@ -22,3 +24,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _tables_of_its_own(request: pytest.FixtureRequest) -> None:
+    """Tables of 8-bit codes keep a copy for each device; the far device of some tests is the meta device of others."""
+    if hasattr(request.module, "FAR"):
+        for tables in (codebooks.dynamic_tables, codebooks.log_tables, codebooks.sign_tables):
+            tables.cache_clear()
