@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hina_optim.state.blockwise import BlockCodec, LogCodec, SignCodec
 from hina_optim.state.codebooks import Tables, dynamic_map, dynamic_tables, log_levels, log_tables
-from hina_optim.state.rounding import element_noise, param_seeds
+from hina_optim.state.rounding import element_words, param_seeds, stream_noise
 
 BLOCK = 256
 MASK = (1e-7, 1e-4, 1e-3)
@@ -24,7 +24,7 @@ def noise_like(value: Tensor, step: int) -> Tensor:
     """What the engine draws: other bits for every element and step."""
     seeds = param_seeds(torch.arange(value.shape[0], dtype=torch.int32), seed=0, step=step)
     index = torch.arange(value[0].numel(), dtype=torch.int32).reshape(1, *value.shape[1:])
-    return element_noise(seeds.reshape(-1, *[1] * (value.ndim - 1)), index, 0)
+    return stream_noise(element_words(seeds.reshape(-1, *[1] * (value.ndim - 1)), index), 0)
 
 
 def stored(codec: Any, value: Tensor, noise: Tensor | None = None) -> Tensor:

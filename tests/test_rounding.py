@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hina_optim import HinaAdaptive
 from hina_optim.state.precision import Storage, TensorCodec, codec_for
-from hina_optim.state.rounding import element_noise, param_seeds, round_stochastic
+from hina_optim.state.rounding import element_words, param_seeds, round_stochastic, stream_noise
 from hina_optim.state.slot import Slot
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -24,7 +24,7 @@ def noise(
     keys = keys or [0]
     seeds = param_seeds(torch.tensor(keys, dtype=torch.int32), seed, step)
     index = torch.arange(math.prod(shape)).reshape(1, *shape).to(torch.int32)
-    return element_noise(seeds.reshape(-1, *([1] * len(shape))), index, stream)
+    return stream_noise(element_words(seeds.reshape(-1, *([1] * len(shape))), index), stream)
 
 
 def neighbors(x: float, dtype: torch.dtype) -> tuple[float, float]:
@@ -132,15 +132,16 @@ def test_noise_is_the_same_again_and_differs_by_everything() -> None:
 def test_a_shard_draws_what_the_whole_draws_there() -> None:
     seeds = param_seeds(torch.tensor([7, 8], dtype=torch.int32), 0, 3).reshape(2, 1)
     index = torch.arange(1000, dtype=torch.int32).reshape(1, -1)
-    whole = element_noise(seeds, index, 2)
+    whole = stream_noise(element_words(seeds, index), 2)
     for start, stop in ((0, 13), (13, 700), (700, 1000), (500, 500)):
-        assert torch.equal(element_noise(seeds, index[:, start:stop], 2), whole[:, start:stop])
+        assert torch.equal(stream_noise(element_words(seeds, index[:, start:stop]), 2), whole[:, start:stop])
 
 
 def test_elements_beyond_four_billion() -> None:
     """Indices are wrapped to 32 bits, without an error."""
     index = torch.tensor([[2**31 - 1, 2**31, 2**32 - 1, 2**32]]).to(torch.int32)
-    draws = element_noise(param_seeds(torch.tensor([0], dtype=torch.int32), 0, 0).reshape(1, 1), index, 0)
+    seed = param_seeds(torch.tensor([0], dtype=torch.int32), 0, 0).reshape(1, 1)
+    draws = stream_noise(element_words(seed, index), 0)
     assert draws[0, :3].unique().numel() == 3
 
 

@@ -152,10 +152,10 @@ class Buckets:
             lr = bucket.group["lr"]
             if (lr.device.type != "cpu" or float(lr) != 0.0) if isinstance(lr, Tensor) else lr != 0:
                 return False
-        some = [p.grad.any().cpu() for bucket in work for p in bucket.params if p.grad is not None]
-        if not some:
+        grads = [p.grad for bucket in work for p in bucket.params if p.grad is not None]
+        if not grads:
             return False
-        anything = torch.stack(some).any().to(torch.float32).reshape(1)
+        anything = sizes.nonzero(grads).amax().reshape(1)
         return not bool(self._optimizer._layout.all_reduce(anything))
 
     # -- forming buckets -----------------------------------------------------------------------------------------
@@ -224,8 +224,7 @@ class Buckets:
         """Positions of parameters that are zero everywhere (one host sync, when state is made)."""
         if not members:
             return set()
-        some = torch.stack([m.param.detach().any().cpu() for m in members]).float()
-        some = self._optimizer._layout.all_reduce(some)
+        some = self._optimizer._layout.all_reduce(sizes.nonzero([m.param for m in members]))
         return {m.position for m, s in zip(members, some.tolist(), strict=True) if not s}
 
     @staticmethod

@@ -22,7 +22,7 @@ from hina_optim.techniques.base import ParamInfo, Technique
 if TYPE_CHECKING:
     from hina_optim.engine.optimizer import HinaOptimizer
 
-__all__ = ["Kept", "Part", "kept", "state_bytes", "temporary_bytes", "zero_positions"]
+__all__ = ["Kept", "Part", "kept", "nonzero", "state_bytes", "temporary_bytes", "zero_positions"]
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,17 @@ class Kept:
 
 def zero_positions(params: Iterable[tuple[int, Tensor]]) -> set[int]:
     """Which of some ``(position, parameter)`` are zero everywhere; what is on the meta device counts as not."""
-    seen = [(position, p.detach().any().cpu()) for position, p in params if p.device.type != "meta"]
+    seen = [(position, p) for position, p in params if p.device.type != "meta"]
     if not seen:
         return set()
-    some = torch.stack([x for _, x in seen]).tolist()
+    some = nonzero([p for _, p in seen]).tolist()
     return {position for (position, _), x in zip(seen, some, strict=True) if not x}
+
+
+def nonzero(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether each of them has an element that is not zero, 1 or 0: float32 ``[P]`` on the host, by one wait."""
+    home = tensors[0].device
+    return torch.stack([x.detach().any().to(home) for x in tensors]).cpu().float()
 
 
 def kept(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from hina_optim.adapters import diagnose_lora_pairing, lokr_stats, lora_stats
@@ -25,6 +26,9 @@ class AdapterReports:
         _buckets: Buckets
         _layout: Layout
 
+        def _groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
+            """From the inspection of rates."""
+
     def diagnose_lora_pairing(self) -> dict[str, Any]:
         """Which LoRA parameters have their counterpart, group by group.
 
@@ -35,9 +39,9 @@ class AdapterReports:
         names, shapes = self._adapter_names()
         groups: dict[str, tuple[list[str], list[tuple[int, ...]]]] = {}
         start = 0
-        for i, group in enumerate(self.param_groups):
+        for name, group in self._groups():
             stop = start + len(group["params"])
-            groups[str(group.get("name") or f"group{i}")] = (names[start:stop], shapes[start:stop])
+            groups[name] = (names[start:stop], shapes[start:stop])
             start = stop
         return {**diagnose_lora_pairing(groups), "report": "\n".join(self._buckets.identities.unknown_roles.values())}
 

@@ -81,12 +81,12 @@ class Family(HinaOptimizer, Inspection, AdapterReports):
                 wanted = cls.CONFIG.__name__ if cls.CONFIG else "no config"
                 raise TypeError(f"{cls.__name__}: config is {type(config).__name__}, and must be {wanted}.")
             base = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-            profile = base.pop("profile", None)
         if profile is not None:
             from hina_optim.profiles import profile_arguments
 
             base = {**base, **profile_arguments(profile)}
-        defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items() if name != "params"}
+        parameters = inspect.signature(cls).parameters if base else {}
+        defaults = {name: p.default for name, p in parameters.items() if name != "params"}
         if base and defaults.keys() <= given.keys() | {"config", "profile"}:
             # LightningCLI spells every default out: those were not meant to override anything
             given = {name: value for name, value in given.items() if name == "params" or value != defaults[name]}

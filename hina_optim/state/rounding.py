@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["element_noise", "element_words", "mix", "param_seeds", "round_stochastic", "stream_noise"]
+__all__ = ["element_words", "mix", "param_seeds", "round_stochastic", "stream_noise"]
 
 _M1 = 0x7FEB352D
 _M2 = 0x846CA68B - (1 << 32)
@@ -32,24 +32,23 @@ def param_seeds(keys: Tensor, seed: int, step: int) -> Tensor:
     return mix(mix(keys * _GOLDEN) + (word - (1 << 32) if word >= 1 << 31 else word))
 
 
-def element_noise(seeds: Tensor, index: Tensor, stream: int) -> Tensor:
-    """31 uniform bits an element, int32, ``[N, *shape]``.
+def element_words(seeds: Tensor, index: Tensor) -> Tensor:
+    """One scrambled word an element, int32, ``[N, *shape]``: what all draws of a step share, and half of their work.
 
     Args:
         seeds: int32 ``[N, 1, …]``, from :func:`param_seeds`.
         index: int32 ``[1, *shape]``: global flat index of each element (wrapped to 32 bits).
-        stream: Which of several independent draws in one step.
     """
-    return stream_noise(element_words(seeds, index), stream)
-
-
-def element_words(seeds: Tensor, index: Tensor) -> Tensor:
-    """What all streams of a step share, int32, ``[N, *shape]``: half of the work of a draw."""
     return mix(index ^ seeds)
 
 
 def stream_noise(words: Tensor, stream: int) -> Tensor:
-    """The bits of one stream from :func:`element_words`; see :func:`element_noise`."""
+    """31 uniform bits an element, int32, of the shape of ``words``, which :func:`element_words` gives.
+
+    Args:
+        words: Of this step.
+        stream: Which of several independent draws in one step.
+    """
     return mix(words + (stream + 1) * 0x632BE59B) & 0x7FFFFFFF
 
 
