@@ -10,7 +10,7 @@ import argparse
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from benchmarks import report
 from benchmarks.gauges import Gauge, graphs, must_move, watch
 from benchmarks.workloads import Named, Shapes, build, unet
 from hina_optim import create_optimizer, list_optimizers
-from hina_optim.engine.layout import LocalLayout, Shard
+from hina_optim.engine.layout import Layout
 from hina_optim.engine.optimizer import HinaOptimizer
 
 TABLE = Path(__file__).parents[1] / "tests" / "counts.json"
@@ -100,7 +100,7 @@ COMPILED = (
 )
 
 
-class Counting(LocalLayout):
+class Counting(Layout):
     """One process that takes itself for one of several: all is here, and what ranks would do together is counted."""
 
     sharded = True
@@ -108,15 +108,20 @@ class Counting(LocalLayout):
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
-    def all_reduce(self, packed: Tensor) -> Tensor:
+    def reduce(self, parts: Sequence[tuple[Tensor, Tensor]], largest: bool = False) -> list[Tensor]:
         """Count."""
         self.counts["reductions"] += 1
-        return packed
+        return super().reduce(parts, largest)
 
-    def gather(self, local: Tensor, shard: Shard) -> Tensor:
+    def total(self, vector: Tensor) -> Tensor:
+        """Count."""
+        self.counts["agreements"] += 1
+        return vector
+
+    def gather(self, param: Tensor, local: Tensor) -> Tensor:
         """Count."""
         self.counts["gathers"] += 1
-        return local.reshape(local.shape[0], *shard.shape)
+        return super().gather(param, local)
 
 
 def names() -> list[str]:
@@ -150,6 +155,7 @@ def counted(name: str, workload: str) -> dict[str, int]:
         "waits": sum(gauge.waits.values()),
         "reductions": layout.counts["reductions"],
         "gathers": layout.counts["gathers"],
+        "agreements": layout.counts["agreements"],
         "segments": segments,
         "moved_bytes": sum(gauge.moved.values()),
         "temporary_bytes": gauge.peak,

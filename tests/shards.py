@@ -6,13 +6,13 @@ A layout that the engine cannot tell from a real one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hina_optim.engine.layout import Shard
+from hina_optim.engine.layout import Layout, Shard
 
 
 class World:
@@ -24,6 +24,7 @@ class World:
         self.slots: list[Any] = [None] * size
         self.reductions = 0
         self.gathers = 0
+        self.agreements = 0
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         self.slots[rank] = value
@@ -33,7 +34,7 @@ class World:
         return everything
 
 
-class ThreadLayout:
+class ThreadLayout(Layout):
     """Layout of one rank: each parameter is a contiguous flat range, cut where ``cuts`` says."""
 
     sharded = True
@@ -46,20 +47,26 @@ class ThreadLayout:
     def shard(self, param: Tensor) -> Shard:
         return self.shards[param]
 
-    def key(self, param: Tensor, position: int) -> int:
-        return position
+    def sum(self, value: Tensor, largest: bool = False) -> Tensor:
+        every = torch.stack(self.world.exchange(self.rank, value))
+        return every.amax(0) if largest else every.sum(0)
 
-    def all_reduce(self, packed: Tensor) -> Tensor:
-        everyone = self.world.exchange(self.rank, packed)
+    def reduce(self, parts: Sequence[tuple[Tensor, Tensor]], largest: bool = False) -> list[Tensor]:
         if self.rank == 0:
             self.world.reductions += 1
-        return torch.stack(everyone).sum(0)
+        packed = self.sum(torch.cat([value.reshape(-1) for _, value in parts]), largest)
+        split = packed.split([value.numel() for _, value in parts])
+        return [x.reshape(value.shape) for x, (_, value) in zip(split, parts, strict=True)]
 
-    def gather(self, local: Tensor, shard: Shard) -> Tensor:
-        everyone = self.world.exchange(self.rank, local.reshape(local.shape[0], -1))
+    def total(self, vector: Tensor) -> Tensor:
+        if self.rank == 0:
+            self.world.agreements += 1
+        return self.sum(vector)
+
+    def gather(self, param: Tensor, local: Tensor) -> Tensor:
         if self.rank == 0:
             self.world.gathers += 1
-        return torch.cat(everyone, dim=1).reshape(local.shape[0], *shard.shape)
+        return self.sum(self.put(self.shard(param), local))
 
 
 def cut(shape: tuple[int, ...], rank: int, size: int, by_rows: bool) -> tuple[int, int]:

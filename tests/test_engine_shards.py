@@ -81,8 +81,8 @@ def test_one_reduction_a_phase() -> None:
             steps=5,
             by_rows=True,
         )
-        counts.append(world.reductions)
+        counts.append((world.reductions, world.agreements))
         assert world.gathers == 0
-    # 5 steps of 3 phases (gradient sums, torque, cautious with projection decay), and one look for zero weights at
-    # the start
-    assert counts == [5 * 3 + 1, 5 * 3 + 1]
+    # 5 steps of 3 phases (gradient sums, torque, cautious with projection decay). On the host: an agreement a step, and
+    # at the start a look for zero weights and whether all ranks have made their state
+    assert counts == [(5 * 3, 5 + 2)] * 2

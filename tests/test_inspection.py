@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hina_optim import HinaAdaptive, create_optimizer
+from hina_optim.engine.layout import Layout
 from hina_optim.optimizers.statistics import resolution
 
 LOW, HIGH = 1e-7, 1e-3
@@ -349,7 +350,7 @@ def test_training_phase(warmup, step, expected):
     assert phase == {"current_step": step, "in_warmup": expected[0], "warmup_progress": expected[1]}
 
 
-class Shards:
+class Shards(Layout):
     """The layout of several shards in one process: each adds what the others have handed in."""
 
     sharded = True
@@ -358,9 +359,10 @@ class Shards:
         self.handed_in = []
         self.others = []
 
-    def all_reduce(self, packed):
-        self.handed_in.append(packed)
-        return packed + self.others.pop(0) if self.others else packed
+    def reduce(self, parts, largest=False):
+        values = super().reduce(parts)
+        self.handed_in.append(values)
+        return [a + b for a, b in zip(values, self.others.pop(0), strict=True)] if self.others else values
 
 
 def test_rates_of_shards_add_up_to_those_of_the_whole():

@@ -139,7 +139,7 @@ def test_converting_takes_a_piece_more() -> None:
     assert most < full[0] + 4 * shape[0] * shape[1] + 2 * 4 * PIECE
 
 
-@pytest.mark.parametrize("shape", [(1500, 900), (900, 50, 30), (2_000_001,), (3, 700_000)])
+@pytest.mark.parametrize("shape", [(1500, 900), (900, 50, 30), (3, 700_000)])
 def test_converted_in_pieces_or_at_once_is_the_same(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(shape))

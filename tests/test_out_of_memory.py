@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hina_optim import Automagic_CameAMP_Improved, HinaAdamW, HinaAdaptive
 from hina_optim.engine.exhaustion import is_out_of_memory
-from hina_optim.engine.layout import LocalLayout
+from hina_optim.engine.layout import Layout
 from hina_optim.engine.optimizer import HinaOptimizer
 from hina_optim.engine.runner import Runner
 from tests.optim_cases import NOTHING
@@ -341,13 +341,13 @@ def test_memory_is_set_aside_before_anything_changes(caplog: pytest.LogCaptureFi
     optimizer = HinaAdamW([("weight", p)], lr=1e-3)
     work = optimizer._buckets.prepare()
     programs = [(b, optimizer._buckets.program(b)) for b in work]
-    runner = Reserving(LocalLayout(), 64_000_000)
+    runner = Reserving(Layout(), 64_000_000)
     with pytest.raises(torch.OutOfMemoryError, match="Nothing was changed"), Upto(1000):
         runner.step(programs)
     assert runner.updated == {} and (p == 1).all()
     for most, pieces in ((30_000_000, 64_000_000), (20_000_000, 16_000_000)):
         caplog.clear()
-        runner = Reserving(LocalLayout(), 64_000_000)
+        runner = Reserving(Layout(), 64_000_000)
         with caplog.at_level(logging.WARNING, "hina_optim"), Upto(most):
             runner._reserve(programs)
         assert runner.max_bytes == pieces and bool(caplog.records) == (pieces < 64_000_000)

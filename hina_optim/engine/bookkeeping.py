@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hina_optim import arguments as rule
 from hina_optim.engine import population, sizes
+from hina_optim.engine.agreement import Agreement
 from hina_optim.engine.bucket import KAHAN, SOLO_NUMEL, Bucket, BucketKey, Member
 from hina_optim.engine.identities import Identities
 from hina_optim.engine.plan import check_recipe
@@ -46,38 +47,56 @@ class Buckets:
         #: positions of parameters that were once without a gradient when their bucket had one
         self._alone: set[int] = set()
         self._said: set[str] = set()
+        self._formed = False  # whether buckets were made since the last step
 
     # -- one step ------------------------------------------------------------------------------------------------
 
     def prepare(self) -> list[Bucket]:
-        """Buckets of all parameters that have a gradient now, with state; raises before anything has changed."""
+        """Buckets of all parameters that have a gradient now, with state; raises before anything has changed.
+
+        Where parameters are sharded, all ranks agree first: on the parameters that are stepped, and on whether any
+        rank has found something wrong, so that none is left waiting for the others.
+        """
         opt = self._optimizer
-        self._check_options()
-        with_grad: list[Tensor] = []
-        for group in opt.param_groups:
-            for p in group["params"]:
-                grad = p.grad
-                if grad is None:
-                    continue
-                if grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"{self._label(p)} has a sparse gradient; {type(opt).__name__} needs a dense one "
-                        "(build the embedding with sparse=False)."
-                    )
-                if grad.is_complex():
-                    raise RuntimeError(f"{self._label(p)} has a complex gradient; only real ones can be used.")
-                if grad.shape != p.shape:
-                    raise RuntimeError(
-                        f"{self._label(p)} has shape {tuple(p.shape)}, its gradient {tuple(grad.shape)}: the parameter "
-                        "changed its shape after backward; clear the gradient."
-                    )
-                with_grad.append(p)
-        self.ensure(with_grad)
+        opt.settle_layout()
+        layout = opt._layout
+        agreement = Agreement(opt)
+        with agreement.noting():
+            self._check_options()
+        params = [p for group in opt.param_groups for p in layout.params(group)]
+        grads: list[Tensor | None] = [None] * len(params)
+        with agreement.noting():
+            grads = [self._checked_grad(p) for p in params]
+        with_grad = agreement.stepping(params, grads)
+        with agreement.noting():
+            self.ensure(with_grad)
+        if agreement.formed(self._formed):
+            self._formed = False
         work = list(dict.fromkeys(self._of[p] for p in with_grad))
         return [] if self._is_priming(work) else work
 
+    def _checked_grad(self, p: Tensor) -> Tensor | None:
+        """A parameter's gradient, if it is one that can be used."""
+        if p.grad is not None:
+            if p.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{self._label(p)} has a sparse gradient; {type(self._optimizer).__name__} needs a dense one "
+                    "(build the embedding with sparse=False)."
+                )
+            if p.grad.is_complex():
+                raise RuntimeError(f"{self._label(p)} has a complex gradient; only real ones can be used.")
+        layout = self._optimizer._layout
+        grad = layout.grad(p)
+        if grad is not None and grad.shape != layout.local(p).shape:
+            raise RuntimeError(
+                f"{self._label(p)} has shape {tuple(layout.local(p).shape)}, its gradient {tuple(grad.shape)}: the "
+                "parameter changed its shape after backward; clear the gradient."
+            )
+        return grad
+
     def ensure(self, params: Sequence[Tensor]) -> None:
         """Give every one of ``params`` a bucket that holds it, and only parameters of ``params``."""
+        self._optimizer.settle_layout()
         self._check_options()
         wanted, state = set(params), self._optimizer.state
         hits: dict[Bucket, int] = {}
@@ -88,7 +107,7 @@ class Buckets:
         for bucket, count in hits.items():
             key = bucket.key
             made_for = (key.local_shape, key.dtype, key.device)
-            changed = any((p.shape, p.dtype, p.device) != made_for for p in bucket.params)
+            changed = any((w.shape, w.dtype, w.device) != made_for for w in bucket.weights())
             if count != bucket.size:
                 left = [m for m in bucket.members if m.param not in wanted]
                 self._alone.update(m.position for m in left if state.get(m.param) is m.state)
@@ -99,6 +118,7 @@ class Buckets:
             if not state:
                 self._optimizer.before_state()
             self._drop_stale()
+            self._formed = True
             self._form(homeless)
             self._form_waiting()
 
@@ -152,11 +172,11 @@ class Buckets:
             lr = bucket.group["lr"]
             if (lr.device.type != "cpu" or float(lr) != 0.0) if isinstance(lr, Tensor) else lr != 0:
                 return False
-        grads = [p.grad for bucket in work for p in bucket.params if p.grad is not None]
+        grads = [g for bucket in work for g in bucket.grads()]
         if not grads:
             return False
         anything = sizes.nonzero(grads).amax().reshape(1)
-        return not bool(self._optimizer._layout.all_reduce(anything))
+        return not bool(self._optimizer._layout.total(anything))
 
     # -- forming buckets -----------------------------------------------------------------------------------------
 
@@ -166,14 +186,15 @@ class Buckets:
         recipes: dict[tuple[int, ParamInfo, torch.dtype], tuple[tuple[Technique, ...], tuple[Slot, ...]]] = {}
         groups: dict[BucketKey, list[Member]] = {}
         zero = self._zero_params([m for g, m in members if not m.state])
+        layout = self._optimizer._layout
         for g, m in members:
             kind = g, m.info, m.param.dtype
             if kind not in recipes:
-                recipes[kind] = self._recipe(self._optimizer.param_groups[g], m.info, m.param.dtype)
+                recipes[kind] = self._recipe(self._optimizer.group(g), m.info, m.param.dtype)
             slots = recipes[kind][1]
             anchors = frozenset(s.name for s in slots if s.constant and self._is_zero(s, m, zero))
             try:
-                self._check_state(m, slots, anchors, self._optimizer.param_groups[g])
+                self._check_state(m, slots, anchors, self._optimizer.group(g))
             except RuntimeError:
                 if needed:
                     raise
@@ -184,7 +205,8 @@ class Buckets:
                 group=g,
                 info=m.info,
                 shard=m.shard,
-                local_shape=tuple(m.param.shape),
+                pattern=layout.pattern(m.param),
+                local_shape=tuple(layout.local(m.param).shape),
                 dtype=m.param.dtype,
                 device=m.param.device,
                 step=step,
@@ -195,7 +217,7 @@ class Buckets:
         opt = self._optimizer
         for key, same in groups.items():
             chain, slots = recipes[key.group, key.info, key.dtype]
-            bucket = Bucket(key, same, opt.param_groups[key.group], slots, chain, opt._transfers)
+            bucket = Bucket(key, same, opt.group(key.group), slots, chain, opt._transfers, layout)
             for m in same:
                 opt.state[m.param] = m.state
                 self._of[m.param] = bucket
@@ -224,7 +246,8 @@ class Buckets:
         """Positions of parameters that are zero everywhere (one host sync, when state is made)."""
         if not members:
             return set()
-        some = self._optimizer._layout.all_reduce(sizes.nonzero([m.param for m in members]))
+        layout = self._optimizer._layout
+        some = layout.total(sizes.nonzero([layout.local(m.param) for m in members]))
         return {m.position for m, s in zip(members, some.tolist(), strict=True) if not s}
 
     @staticmethod
@@ -239,17 +262,20 @@ class Buckets:
         if not m.state:
             return
         missing = []
+        layout = self._optimizer._layout
+        local = tuple(layout.local(m.param).shape)
         for slot in slots:
             codec = codec_for(slot, Storage.of(group), m.param.dtype, m.info.shape)
-            shape = () if slot.name in anchors else slot.local_shape(tuple(m.param.shape))
+            shape = () if slot.name in anchors else slot.local_shape(local)
             for suffix in codec.parts:
                 have = m.state.get(slot.name + suffix)
                 if have is None:
                     missing.append(slot.name + suffix)
                     continue
+                have = layout.unwrap(m.param, have)
                 if tuple(have.shape) != codec.part_shape(suffix, shape):
                     raise RuntimeError(
-                        f"parameter {m.name} has shape {tuple(m.param.shape)}, but its state {slot.name!r} has "
+                        f"parameter {m.name} has shape {local}, but its state {slot.name!r} has "
                         f"{tuple(have.shape)}: the parameter changed its shape after the optimizer began. Build a new "
                         "optimizer for it, or delete optimizer.state[parameter] to begin afresh."
                     )
@@ -269,7 +295,7 @@ class Buckets:
 
     def _check_options(self) -> None:
         """Give the buckets of a group whose options changed their new recipe; form them again if its state differs."""
-        for g, group in enumerate(self._optimizer.param_groups):
+        for g, group in self._optimizer.indexed_groups():
             options = tuple(v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "name"))
             lr = group["lr"]
             if not isinstance(lr, Tensor) and not 0 <= lr < math.inf:
@@ -314,8 +340,9 @@ class Buckets:
         opt = self._optimizer
         owner = type(opt).__name__
         for g, m in self.identities.members(list(state)):
-            group = {**opt.param_groups[g], **groups[g]}
+            group = {**opt.group(g), **groups[g]}
             entry = state[m.param]
+            local = tuple(opt._layout.local(m.param).shape)
             known = {"step", "skipped"}
             for slot in self._recipe(group, m.info, m.param.dtype)[1]:
                 codec = codec_for(slot, Storage.of(group), m.param.dtype, m.info.shape)
@@ -331,7 +358,7 @@ class Buckets:
                             f"another optimizer's."
                         )
                     zero = slot.constant and have.ndim == 0
-                    shape = codec.part_shape(suffix, () if zero else slot.local_shape(tuple(m.param.shape)))
+                    shape = codec.part_shape(suffix, () if zero else slot.local_shape(local))
                     if tuple(have.shape) != shape:
                         raise ValueError(
                             f"{owner}: the state {part!r} of {m.name} has shape {tuple(have.shape)}, expected "
@@ -380,7 +407,7 @@ class Buckets:
         self.ensure([p for _, _, p in self.identities.places() if opt.state.get(p)])
         for bucket in dict.fromkeys(self._of.values()):
             bucket.convert(Storage.of(bucket.group, precision), bucket.slots)
-        for g, group in enumerate(opt.param_groups):
+        for g, group in opt.indexed_groups():
             group["state_precision"] = precision
             options = tuple(v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "name"))
             self._options[g] = group, options
@@ -420,7 +447,10 @@ class Buckets:
         opt = self._optimizer
         if precision is None:
             return sum(
-                v.numel() * v.element_size() for s in opt.state.values() for v in s.values() if isinstance(v, Tensor)
+                opt._layout.unwrap(p, v).nbytes
+                for p, s in opt.state.items()
+                for v in s.values()
+                if isinstance(v, Tensor)
             )
         return sizes.state_bytes(
             sizes.kept(opt, [{**group, "state_precision": precision} for group in opt.param_groups])
@@ -432,7 +462,7 @@ class Buckets:
         if bucket is not None:
             return bucket.chain
         ((g, member),) = self.identities.members([param])
-        return self._recipe(self._optimizer.param_groups[g], member.info, param.dtype)[0]
+        return self._recipe(self._optimizer.group(g), member.info, param.dtype)[0]
 
     def decoded(self, param: Tensor, name: str) -> Tensor | None:
         """One piece of a parameter's state, as it is computed with; None if there is none."""
@@ -447,7 +477,7 @@ class Buckets:
 
     def _label(self, param: Tensor) -> str:
         names = self._optimizer.param_names()
-        every = [p for group in self._optimizer.param_groups for p in group["params"]]
+        every = [p for _, _, p in self.identities.places()]
         return next((f"parameter {n}" for n, p in zip(names, every, strict=True) if p is param), "a parameter")
 
     def _say(self, message: str) -> None:

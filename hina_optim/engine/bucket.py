@@ -7,17 +7,19 @@ stacks are views of its own tensors and cost no copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hina_optim.engine.layout import Shard
+from hina_optim.engine.layout import Layout, Shard
 from hina_optim.engine.transfers import HOST, Transfers
+from hina_optim.state.blockwise import BlockCodec
 from hina_optim.state.conversion import converted
 from hina_optim.state.precision import Codec, Storage, codec_for, compute_dtype
+from hina_optim.state.regions import block_boxes
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import ParamInfo, Technique
 
@@ -51,6 +53,7 @@ class BucketKey:
     group: int
     info: ParamInfo
     shard: Shard
+    pattern: Hashable  # where their elements lie on all ranks
     local_shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
@@ -78,8 +81,10 @@ class Bucket:
         slots: Sequence[Slot],
         chain: Sequence[Technique],
         transfers: Transfers,
+        layout: Layout,
     ) -> None:
         self.key = key
+        self.layout = layout
         self.transfers = transfers
         self.members = list(members)
         self.params = [m.param for m in members]
@@ -91,6 +96,7 @@ class Bucket:
         self.step = key.step
         storage = Storage.of(group)
         self.codecs: dict[str, Codec] = {s.name: codec_for(s, storage, key.dtype, key.info.shape) for s in self.slots}
+        self._check_blocks()
         self.hosted = self._hosted(storage)
         # wrapped to 32 bits: from the 128th group on, a position needs more
         self.keys = torch.tensor([m.key for m in members]).to(torch.int32).to(key.device)
@@ -100,10 +106,34 @@ class Bucket:
         self.digested: dict[str, int] = {}  # periodic technique → step after which it was refreshed last
         self._adopt()
 
+    def _check_blocks(self) -> None:
+        """Refuse blocks of 8 bits that a cut between columns goes through: they would be others than in one process."""
+        shard = self.key.shard
+        if shard.slices is None:
+            return
+        for name, codec in self.codecs.items():
+            if isinstance(codec, BlockCodec) and block_boxes(shard, self.key.local_shape, codec) is None:
+                raise RuntimeError(
+                    f"{self.members[0].name} {shard.shape} is cut between columns, {self.key.local_shape} here, which "
+                    f"cuts the blocks of {codec.block} elements in which 8 bits store {name!r}: shard it along "
+                    f"dimension 0, in multiples of {codec.block} columns, or give its group state_precision='bf16'."
+                )
+
     @property
     def size(self) -> int:
         """Number of parameters."""
         return len(self.params)
+
+    def weights(self, first: int = 0, stop: int | None = None) -> list[Tensor]:
+        """What is here of its parameters ``first … stop-1``, as plain tensors that share their memory."""
+        return [self.layout.local(p) for p in self.params[first:stop]]
+
+    def grads(self, first: int = 0, stop: int | None = None) -> list[Tensor]:
+        """Their gradients, as far as there are any; of a parameter without elements here, an empty one."""
+        found = [(p, self.layout.grad(p)) for p in self.params[first:stop]]
+        if not self.numel:
+            return [self.layout.local(p) if g is None else g for p, g in found]
+        return [g for _, g in found if g is not None]
 
     @property
     def numel(self) -> int:
@@ -152,11 +182,11 @@ class Bucket:
                     stacks[part] = fresh[part]
                 elif n == 1:
                     # contiguous, because a chunk is a range of its flat view
-                    stacks[part] = self.members[0].state[part].unsqueeze(0).to(home, dtype).contiguous()
+                    stacks[part] = self._held(self.members[0], part).unsqueeze(0).to(home, dtype).contiguous()
                 else:
                     stacks[part] = torch.stack(
                         [
-                            fresh[part][i] if fresh is not None and missing[i] else m.state[part].to(home, dtype)
+                            fresh[part][i] if fresh is not None and missing[i] else self._held(m, part).to(home, dtype)
                             for i, m in enumerate(self.members)
                         ]
                     )
@@ -176,8 +206,9 @@ class Bucket:
                 del member.state[name]  # of a technique that was switched off; a checkpoint with it would not load
             member.state["step"] = steps[i]
             member.state["skipped"] = stack_skipped[i]
-            for name, stack in stacks.items():
-                member.state[name] = stack[i]
+            for slot in self.slots:
+                for name in self.part_shapes(slot):
+                    member.state[name] = self._view(member, slot, name, stacks[name][i])
             self.views += [(member.state, k, v) for k, v in member.state.items() if isinstance(v, Tensor)]
 
     def _initial(self, slot: Slot) -> dict[str, Tensor]:
@@ -190,9 +221,9 @@ class Bucket:
         if slot.init == "param":
             # clone keeps the exact bits, whatever the codec computes in
             if n > 1:
-                value = torch.stack([p.detach().to(device) for p in self.params]).contiguous()
+                value = torch.stack([w.to(device) for w in self.weights()]).contiguous()
             else:
-                value = self.params[0].detach()[None].to(device, copy=True).contiguous()
+                value = self.weights()[0][None].to(device, copy=True).contiguous()
             if slot.precision == "param":
                 return {slot.name: value}
         else:
@@ -200,6 +231,17 @@ class Bucket:
             value = torch.full((n, *shape), fill, device=device, dtype=compute_dtype(dtype))
         parts = codec.encode(value.to(compute_dtype(dtype)), None)
         return {slot.name + suffix: part for suffix, part in parts.items()}
+
+    def _held(self, member: Member, part: str) -> Tensor:
+        """A stored tensor of a member, as far as it is here."""
+        return self.layout.unwrap(member.param, member.state[part])
+
+    def _view(self, member: Member, slot: Slot, part: str, value: Tensor) -> Tensor:
+        """A stored tensor as the optimizer's state shows it."""
+        if slot.shape != "like" or slot.name in self.key.zero_anchors:
+            return value
+        codec = self.codecs[slot.name]
+        return self.layout.wrap(member.param, value, codec.part_shape(part[len(slot.name) :], self.info.shape))
 
     def views_hold(self, state: dict[Any, Any]) -> bool:
         """Whether ``optimizer.state`` still holds exactly the views that this bucket handed out."""
@@ -221,7 +263,7 @@ class Bucket:
         """The value of one slot of one of its parameters, as it is computed with."""
         self.transfers.wait()
         codec, device = self.codecs[name], self.key.device
-        return codec.decode({suffix: member.state[name + suffix][None].to(device) for suffix in codec.parts})[0]
+        return codec.decode({suffix: self._held(member, name + suffix)[None].to(device) for suffix in codec.parts})[0]
 
     def stored_as(self, storage: Storage) -> bool:
         """Whether every slot is stored as ``storage`` asks, and where."""
@@ -269,4 +311,5 @@ class Bucket:
             for suffix in old.parts:
                 member.state.pop(slot.name + suffix, None)
             for suffix in encoded:
-                member.state[slot.name + suffix] = self.storage[slot.name + suffix][i]
+                part = slot.name + suffix
+                member.state[part] = self._view(member, slot, part, self.storage[part][i])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hina_optim.engine.bucket import Bucket
+from hina_optim.engine.layout import Shard
 from hina_optim.engine.program import Inputs, Program, Values
 from hina_optim.engine.transfers import Fetched
 from hina_optim.state.rounding import param_seeds
@@ -81,11 +82,23 @@ class Cell:
         return {k: (v if self.by_rows else v.view(1, -1))[:, cut] for k, v in values.items()}
 
     def lines(self) -> Values:
-        """Rows of the matrix view that are here, where not all are; of a flat piece, each element's row and column."""
+        """Rows of the matrix view that are here, where not all are; of a box, its columns, too.
+
+        Of a flat piece, each element's row and column.
+        """
         shard, shape, device = self.bucket.shard, self.bucket.key.local_shape, self.bucket.key.device
         columns = self.bucket.info.columns
         if not self.bucket.info.is_matrix or (shard.is_complete and not self.chunked):
             return {}
+        if not self.bucket.numel and len(shape) > 1:  # rows without columns, or columns without rows
+            none = {"row_index": shape[0], "column_index": torch.Size(shape[1:]).numel()}
+            return {name: torch.zeros(n, dtype=torch.int64, device=device) for name, n in none.items()}
+        if shard.offset is not None and shard.size is not None:  # some columns of some rows
+            row = self.bucket.numel // shape[0]
+            first = shard.offset[0] + self.begin // row
+            across = Shard.box(shard.shape[1:], shard.offset[1:], shard.size[1:])
+            rows = torch.arange(first, first + (self.end - self.begin) // row, device=device)
+            return {"row_index": rows, "column_index": across.index(device)}
         begin, end = shard.start + self.begin, shard.start + self.end
         if len(shape) > 1:
             return {"row_index": torch.arange(begin // columns, end // columns, device=device)}
@@ -140,4 +153,4 @@ def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None) -> It
 
 
 def _contiguous(bucket: Bucket) -> bool:
-    return all(p.is_contiguous() and p.grad is not None and p.grad.is_contiguous() for p in bucket.params)
+    return all(x.is_contiguous() for x in (*bucket.weights(), *bucket.grads()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,17 @@ from hina_optim.techniques.base import ParamInfo
 if TYPE_CHECKING:
     from hina_optim.engine.optimizer import HinaOptimizer
 
-__all__ = ["Identities"]
+__all__ = ["Identities", "plain_name"]
+
+#: What wrappers of modules put into the names of parameters.
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model that was wrapped, the same under every engine."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
 
 
 class Identities:
@@ -37,8 +48,13 @@ class Identities:
 
     def places(self) -> list[tuple[int, int, Tensor]]:
         """Position, index of the group, and parameter, in order."""
-        groups = enumerate(self._optimizer.param_groups)
-        return [((g << 24) | i, g, p) for g, group in groups for i, p in enumerate(group["params"])]
+        opt = self._optimizer
+        found = []
+        for g, group in opt.indexed_groups():
+            for i, p in enumerate(opt._layout.params(group)):
+                position = opt._layout.position(p)
+                found.append(((g << 24) | i if position is None else position, g, p))
+        return found
 
     def members(self, params: Sequence[Tensor]) -> list[tuple[int, Member]]:
         """What is known of each parameter, with the index of its group."""
@@ -52,19 +68,20 @@ class Identities:
         found = []
         for at, (_, g, p) in enumerate(places):
             if p in wanted:
-                if hasattr(p, "device_mesh") and not opt._layout.sharded:
-                    raise RuntimeError(
-                        f"parameter {names[at]} is a DTensor (FSDP2 or tensor parallelism), which "
-                        f"{type(opt).__name__} cannot "
-                        "step yet: bind_layout() a layout that knows its shards, or train in one process or with DDP."
-                    )
                 shard = opt._layout.shard(p)
                 mate = partner.get(positions[at], -1)
                 info = ParamInfo(shard.shape, role_of(told[at], shard.shape), mate >= 0)
-                key = opt._layout.key(p, positions[at])
+                key = zlib.crc32(plain_name(names[at]).encode()) if opt._names[g] else positions[at]
                 state = opt.state.get(p, {})
                 whole = adapter.get(positions[at], -1)
                 found.append((g, Member(p, names[at], positions[at], key, info, shard, state, mate, whole)))
+        return found
+
+    def shapes(self) -> dict[int, list[tuple[int, ...]]]:
+        """Group → the shapes of its parameters, as they were last known by their places."""
+        found: dict[int, list[tuple[int, ...]]] = {}
+        for position, (_, shape) in sorted(self._known.items()):
+            found.setdefault(position >> 24, []).append(shape)
         return found
 
     def infer(self, g: int) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
+import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hina_optim import arguments as rule
+from hina_optim.engine.agreement import check_partitions, settled
 from hina_optim.engine.bookkeeping import Buckets
 from hina_optim.engine.bucket import Bucket
 from hina_optim.engine.exhaustion import before_any_change
-from hina_optim.engine.layout import Layout, LocalLayout
+from hina_optim.engine.housing import Housing
+from hina_optim.engine.layout import Layout
 from hina_optim.engine.program import Program
 from hina_optim.engine.runner import Runner
 from hina_optim.engine.transfers import Transfers
@@ -57,7 +61,7 @@ ENGINE_DEFAULTS: dict[str, Any] = {
 }
 
 
-class HinaOptimizer(torch.optim.Optimizer):
+class HinaOptimizer(Housing, torch.optim.Optimizer):
     """Runs a recipe of techniques over parameter groups.
 
     A subclass gives a typed constructor, :attr:`RULES` and :meth:`recipe`; everything else is here. Hyper-parameters
@@ -100,7 +104,9 @@ class HinaOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._names: list[list[str] | None] = []
-        self._layout: Layout = LocalLayout()
+        self._layout = Layout()
+        self._every_group: list[dict[str, Any]] = []
+        self._settled: list[Tensor] = []  # parameters whose layout is known
         self._transfers = Transfers()
         self._granted = (0, 0)  # bytes of temporary memory that were asked for, and that there were
         self._buckets = Buckets(self)
@@ -198,15 +204,31 @@ class HinaOptimizer(torch.optim.Optimizer):
         """
         names: list[str] = []
         seen: Counter[str] = Counter()
-        for g, group in enumerate(self.param_groups):
-            known = self._names[g] if g < len(self._names) else None
-            count = len(group["params"])
-            if known is None or len(known) != count:
-                names += [f"group{g}.{i}" for i in range(count)]
+        for g, group in self.indexed_groups():
+            params = self._layout.params(group)
+            told = [self._layout.name(p) for p in params]
+            known = [name for name in told if name is not None] or (self._names[g] if g < len(self._names) else None)
+            if known is None or len(known) != len(params):
+                names += [f"group{g}.{i}" for i in range(len(params))]
             else:
                 names += [f"{seen[name] + 1}:{name}" if seen[name] else name for name in known]
             seen.update(known or ())
         return names
+
+    def indexed_groups(self) -> list[tuple[int, dict[str, Any]]]:
+        """The groups that are there now, each with its index among those that the optimizer was built with.
+
+        DeepSpeed leaves one of them in ``param_groups`` while it steps it.
+        """
+        if len(self.param_groups) >= len(self._every_group):
+            self._every_group = list(self.param_groups)
+            return list(enumerate(self.param_groups))
+        index = {id(group): g for g, group in enumerate(self._every_group)}
+        return [(index[id(group)], group) for group in self.param_groups]
+
+    def group(self, index: int) -> dict[str, Any]:
+        """A group by its index among those that the optimizer was built with."""
+        return next(group for g, group in self.indexed_groups() if g == index)
 
     # -- step ----------------------------------------------------------------------------------------------------
 
@@ -300,12 +322,14 @@ class HinaOptimizer(torch.optim.Optimizer):
 
     def agree(self, here: bool) -> bool:
         """Whether it is so on any rank: what one must do, all do."""
-        return bool(self._layout.all_reduce(torch.tensor([float(here)])))
+        self.settle_layout()
+        return bool(self._layout.total(torch.tensor([float(here)])))
 
     def init_state(self) -> None:
         """Allocate the state of every parameter that requires grad now, instead of at its first step."""
         with torch.no_grad():
-            self._buckets.ensure([p for g in self.param_groups for p in g["params"] if p.requires_grad])
+            self.settle_layout()
+            self._buckets.ensure([p for _, _, p in self._buckets.identities.places() if p.requires_grad])
 
     def bind_layout(self, layout: Layout) -> None:
         """Tell where the elements of sharded parameters lie. To be called before the first step.
@@ -317,101 +341,20 @@ class HinaOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 f"{type(self).__name__}: bind_layout() comes before the first step; there is state already."
             )
-        self._layout = layout
+        self._layout, self._settled = layout, []
 
-    # -- memory --------------------------------------------------------------------------------------------------
-
-    def state_bytes(self, precision: str | None = None) -> int:
-        """Bytes of optimizer state held now; with ``precision``, what they would be in that one.
-
-        Args:
-            precision: One of ``"fp32"``, ``"bf16"``, ``"8bit"``, or None for what is.
-        """
-        return self._buckets.state_bytes(precision)
-
-    def set_state_precision(self, precision: str) -> int:
-        """Convert the state in place, one slot of one bucket at a time, and keep it so from now on.
-
-        Args:
-            precision: ``"fp32"``, ``"bf16"`` or ``"8bit"``.
-
-        Returns:
-            Bytes given back (negative when the state grew).
-        """
-        rule.check(type(self).__name__, "state_precision", precision, self.RULES["state_precision"])
-        before = self.state_bytes()
-        with torch.no_grad():
-            self._buckets.convert(precision)
-        self.defaults["state_precision"] = precision
-        return before - self.state_bytes()
-
-    def change_options(self, changes: Sequence[Mapping[str, Any]]) -> None:
-        """Set options of the groups, and convert the state that exists now, not at the next step.
-
-        State of a technique that is switched off is dropped; one that is switched on begins afresh.
-
-        Args:
-            changes: One mapping for each group; empty for one that stays as it is.
+    def settle_layout(self) -> None:
+        """See that the layout is that of the parameters that are in the groups now: frameworks replace them.
 
         Raises:
-            ValueError: An option is not what it must be. Nothing has changed then.
+            RuntimeError: They lie in a way that the optimizer was not told of.
         """
-        for group, options in zip(self.param_groups, changes, strict=True):
-            self.check_group({**group, **options})
-        with torch.no_grad():
-            self._buckets.change(changes)
-
-    def set_state_device(self, device: Literal["cpu"] | None) -> int:
-        """Move the state of the parameters' shapes to host memory, or back to the parameters, and keep it there.
-
-        From then on a step fetches it piece by piece and writes it back; what it computes stays the same, to the bit.
-
-        Args:
-            device: ``"cpu"``, or None for where the parameters are.
-
-        Returns:
-            Bytes that left the parameters' devices (negative when they came back); 0 for parameters on the CPU.
-        """
-        return self._rehouse("state_device", device)
-
-    def set_anchor_device(self, device: Literal["cpu"] | None) -> int:
-        """The same for the weights before the first update only, which some techniques keep."""
-        return self._rehouse("anchor_device", device)
-
-    def _rehouse(self, option: str, device: str | None) -> int:
-        rule.check(type(self).__name__, option, device, rule.HOST_OR_NONE)
-        before = self.host_state_bytes()
-        with torch.no_grad():
-            self._buckets.rehouse(option, device)
-        self.defaults[option] = device
-        return self.host_state_bytes() - before
-
-    def host_state_bytes(self) -> int:
-        """Bytes of state in host memory that belong to parameters on other devices; part of :meth:`state_bytes`."""
-        return self._buckets.host_bytes()
-
-    def wait_for_state(self) -> None:
-        """Return when state in host memory is what the last step made of it.
-
-        Everything here that reads state waits by itself; to be called before reading such tensors in ``state``.
-        """
-        self._transfers.wait()
-
-    def scratch_bytes(self) -> int:
-        """Bytes of temporary memory that the engine keeps between steps: none, they live inside a step only."""
-        return 0
-
-    def release_scratch(self) -> int:
-        """Give back what the engine and the caching allocator of the device hold without need.
-
-        Returns:
-            Bytes given back to the device.
-        """
-        devices = {p.device for g in self.param_groups for p in g["params"] if p.device.type == "cuda"}
-        before = sum(torch.cuda.memory_reserved(d) for d in devices)
-        if devices:
-            torch.cuda.empty_cache()
-        return before - sum(torch.cuda.memory_reserved(d) for d in devices)
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(params) == len(self._settled) and all(map(operator.is_, params, self._settled)):
+            return
+        check_partitions(self)
+        self._layout = settled(self._layout, params, type(self).__name__)
+        self._settled = params
 
     # -- saving, loading, copying ------------------------------------------------------------------------------------
 
@@ -419,10 +362,23 @@ class HinaOptimizer(torch.optim.Optimizer):
         """State, groups, and under ``"hina"`` what lets :meth:`load_state_dict` check that they belong here."""
         self._buckets.conform()
         self._transfers.wait()
-        result = super().state_dict()
+        with self._as_the_engine_sees():
+            result = super().state_dict()
         result["state"] = {k: checkpoint.unstacked(state) for k, state in result["state"].items()}
         result["hina"] = checkpoint.describe(self)
         return result
+
+    @contextlib.contextmanager
+    def _as_the_engine_sees(self) -> Iterator[None]:
+        """The groups hold the parameters that have state, in the place of flat tensors that hold them."""
+        held = [group["params"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["params"] = list(self._layout.params(group))
+        try:
+            yield
+        finally:
+            for group, params in zip(self.param_groups, held, strict=True):
+                group["params"] = params
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load state and groups: every dtype as saved, by name where both sides have names, all or nothing.
@@ -458,7 +414,8 @@ class HinaOptimizer(torch.optim.Optimizer):
         if names is not None or not hasattr(self, "_names"):
             self._names = names or [None] * len(self.param_groups)
         if not hasattr(self, "_layout"):
-            self._layout = LocalLayout()
+            self._layout = Layout()
+        self._every_group, self._settled = [], []
         self._loss, self._said_no_loss = None, False
         self._transfers = Transfers()
         self._granted = (0, 0)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from hina_optim.engine.bucket import KAHAN, Bucket
-from hina_optim.engine.layout import Shard
 from hina_optim.engine.plan import Segment, plan_segments
 from hina_optim.engine.transfers import Pieces
 from hina_optim.state.precision import compute_dtype
@@ -211,6 +210,9 @@ class Program:
             return self._line_sums(value, flow)
         if isinstance(value, Folded):
             flat = value.value.reshape(value.value.shape[0], -1)
+            if self.bucket.shard.slices is not None:
+                place = flow["index"].reshape(-1) % value.size
+                return flat.new_zeros(flat.shape[0], value.size).index_add_(1, place, flat)
             # chunks begin at multiples of any fold, so only the shard's own beginning shifts the fold
             start = self.bucket.shard.start % value.size
             flat = torch.nn.functional.pad(flat, (start, -(flat.shape[1] + start) % value.size))
@@ -221,10 +223,13 @@ class Program:
         """Sums of all rows ``[N, rows]`` or columns ``[N, columns]``, of the elements that are here."""
         value, n = given.value, given.value.shape[0]
         row_index, column_index = flow.get("row_index"), flow.get("column_index")
-        if column_index is None:
+        if column_index is None or value.ndim > 2:
             grid = value.reshape(n, value.shape[1], torch.Size(value.shape[2:]).numel())
             if isinstance(given, ByColumn):
-                return grid.sum(1)
+                part = grid.sum(1)
+                if column_index is None:
+                    return part
+                return part.new_zeros(n, self.info.columns).index_add_(1, column_index, part)
             part = grid.sum(2)
             if row_index is None:
                 return part
@@ -339,13 +344,6 @@ class Write(NamedTuple):
         else:
             assert self.share is not None
             self.old.lerp_(self.value, self.share)
-
-
-def piece(result: Tensor, one: Technique, shard: Shard, like: Tensor) -> Tensor:
-    """What a shard keeps of a complete result."""
-    if one.whole_is_small:
-        return result
-    return result.reshape(result.shape[0], -1)[:, shard.start : shard.stop].reshape(like.shape)
 
 
 def periodic(chain: tuple[Technique, ...]) -> list[PeriodicTechnique]:

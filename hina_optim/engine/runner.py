@@ -12,7 +12,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from hina_optim.engine.bucket import Bucket
 from hina_optim.engine.cells import CPU_CHUNK, GRAIN, KEPT_VALUES, LIVE_VALUES, Cell, cut
 from hina_optim.engine.exhaustion import UNCHANGED, ExhaustionError, attempt, give_back, is_out_of_memory
 from hina_optim.engine.layout import Layout
-from hina_optim.engine.program import Inputs, Program, Values, piece
+from hina_optim.engine.program import Inputs, Program, Values
 from hina_optim.engine.transfers import Pieces, Transfers
 from hina_optim.state.precision import compute_dtype
 
@@ -205,25 +205,21 @@ class Runner:
     def _inputs(self, cell: Cell, i: int) -> Inputs:
         """Stored tensors of a cell for segment ``i``: views where the memory allows it, stacks of the small ones."""
         bucket = cell.bucket
-        params = bucket.params[cell.first : cell.stop]
-        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        weights, grads = bucket.weights(cell.first, cell.stop), bucket.grads(cell.first, cell.stop)
         rows = slice(cell.first, cell.stop)
         stored = cell.pieces(bucket.storage)
         stored["skipped"] = bucket.skipped[rows]
         if bucket.hosted:
             stored = self._with_hosted(cell, i, stored)
-        if len(params) == 1:
-            stored["param"], stored["grad"] = params[0].detach().unsqueeze(0), grads[0].detach().unsqueeze(0)
+        if len(weights) == 1:
+            both = {"param": weights[0].unsqueeze(0), "grad": grads[0].detach().unsqueeze(0)}
         else:
-            stored["param"], stored["grad"] = torch.stack([p.detach() for p in params]), torch.stack(grads)
-        weights = cell.chunk({name: stored.pop(name) for name in ("param", "grad")})
-        stored |= weights
+            both = {"param": torch.stack(weights), "grad": torch.stack(grads)}
+        stored |= cell.chunk(both)
         scalars = {k: v[rows] if v.ndim else v for k, v in cell.measured_scalars.items()}
         if cell.program.needs_index:
-            start = bucket.shard.start + cell.begin
-            shape = stored["grad"].shape[1:]
-            index = torch.arange(start, start + cell.end - cell.begin, device=bucket.key.device)
-            scalars["index"] = index.reshape(1, *shape)
+            index = bucket.shard.index(bucket.key.device, cell.begin, cell.end)
+            scalars["index"] = index.reshape(1, *stored["grad"].shape[1:])
         if cell.program.needs_rows:
             scalars |= cell.lines()
         return Inputs(stored, scalars)
@@ -294,7 +290,8 @@ class Runner:
             assert cell.carry is not None
             complete = self._complete(cell, i) if complete is None else complete
             result = cell.program.whole_matrix(segment.whole, inputs, cell.carry, complete)
-            cell.whole[segment.whole.name] = piece(result, segment.whole, cell.bucket.shard, cell.carry["grad"])
+            here = result if segment.whole.whole_is_small else self.layout.take(cell.bucket.params[0], result)
+            cell.whole[segment.whole.name] = here
         values, sums = cell.program.run(i, inputs, cell.carry, cell.totals, cell.whole, cell.last)
         final = i == len(cell.program.segments) - 1
         if cell.bucket.hosted and (final or not cell.kept):
@@ -318,23 +315,16 @@ class Runner:
         if one is None:
             return []
         assert carry is not None  # the guard's segment comes before any other
-        shard = cell.bucket.shard
-        if self.layout.sharded:
-            return [self.layout.gather(carry[name], shard) for name in one.whole]
-        return [carry[name].reshape(carry[name].shape[0], *shard.shape) for name in one.whole]
+        return [self.layout.gather(cell.bucket.params[cell.first], carry[name]) for name in one.whole]
 
     def _reduce(self, results: list[tuple[Cell, Values]], cells: list[Cell]) -> None:
         """Add up the sums of a phase: over chunks here, over shards in one packed all-reduce."""
         merged = self._attempt(lambda: self._merge(results), None, cells, "the sums")
-        flat = [v.reshape(-1) for _, sums in merged for v in sums.values()] if self.layout.sharded else []
-        if flat:
-            local = self._attempt(lambda: torch.cat(flat), None, cells, "the sums")
-            packed = self.layout.all_reduce(local)  # once: the other ranks wait for this one
-            at = 0
-            for _, sums in merged:
-                for k, v in sums.items():
-                    sums[k] = packed[at : at + v.numel()].reshape(v.shape)
-                    at += v.numel()
+        if self.layout.sharded:
+            every = [(members[0].bucket.params[0], sums, k) for members, sums in merged for k in sums]
+            packed = self.layout.reduce([(param, sums[k]) for param, sums, k in every]) if every else []
+            for (_, sums, k), value in zip(every, packed, strict=True):
+                sums[k] = value
         pairs = [(cell, sums) for members, sums in merged for cell in members]
         totals = self._attempt(
             lambda: [{k: v.to(cell.program.compute) for k, v in sums.items()} for cell, sums in pairs],
@@ -366,5 +356,5 @@ class Runner:
             homes = cell.pieces({part: bucket.storage[part] for part in written})
             self.transfers.store(stored, homes, bucket.key.device)
         if cell.stop - cell.first > 1:
-            params: list[Any] = [p.detach() for p in cell.bucket.params[cell.first : cell.stop]]
-            torch._foreach_copy_(params, list(inputs.stored["param"].unbind(0)))
+            weights = bucket.weights(cell.first, cell.stop)
+            torch._foreach_copy_(weights, list(inputs.stored["param"].unbind(0)))

@@ -45,6 +45,7 @@ class Kept:
 
     Attributes:
         param: The parameter.
+        local_shape: Shape of what is here of it.
         group: Index of its group.
         options: The group's options.
         info: What the parameter is; its global shape.
@@ -58,6 +59,7 @@ class Kept:
     """
 
     param: Tensor
+    local_shape: tuple[int, ...]
     group: int
     options: dict[str, Any]
     info: ParamInfo
@@ -121,7 +123,9 @@ def kept(
     """
     buckets = optimizer._buckets
     groups = optimizer.param_groups if groups is None else groups
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad or p in optimizer.state]
+    optimizer.settle_layout()
+    layout = optimizer._layout
+    params = [p for _, _, p in buckets.identities.places() if p.requires_grad or p in optimizer.state]
     members = buckets.identities.members(params)
     if zero is None:
         zero = buckets._zero_params([m for _, m in members if not m.state])
@@ -141,13 +145,14 @@ def kept(
         home = device or m.param.device
         of_kind = known.setdefault((*kind, home, is_zero), {})
         serves = transfers.serves(home)
-        found.append(Kept(m.param, g, groups[g], m.info, seen_as, home, serves, chain, slots, is_zero, of_kind))
+        local = tuple(layout.local(m.param).shape)
+        found.append(Kept(m.param, local, g, groups[g], m.info, seen_as, home, serves, chain, slots, is_zero, of_kind))
     return found
 
 
 def state_bytes(every: Iterable[Kept], on_device: bool = False) -> int:
     """Bytes of the state of all these parameters as they lie here; with ``on_device`` without what is on the host."""
-    parts = (part for one in every for part in one.parts(tuple(one.param.shape)))
+    parts = (part for one in every for part in one.parts(one.local_shape))
     return sum(part.nbytes for part in parts if not (on_device and part.hosted))
 
 

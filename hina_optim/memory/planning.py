@@ -273,10 +273,9 @@ def _planned(
     vram_gb: float | None,
     device: torch.device | None = None,
 ) -> MemoryPlan:
-    groups = optimizer.param_groups
     dtype = torch.float32 if sharding in _ZERO else None
     sharded_here = optimizer._layout.sharded
-    trained = [p for group in groups for p in group["params"] if p.requires_grad]
+    trained = [p for _, _, p in optimizer._buckets.identities.places() if p.requires_grad]
     zero = None if sharded_here else _zeros(optimizer)
     every = sizes.kept(optimizer, zero=zero, dtype=dtype, device=device)
     shapes = [tuple(one.param.shape) for one in every]

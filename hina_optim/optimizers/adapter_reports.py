@@ -40,7 +40,7 @@ class AdapterReports:
         groups: dict[str, tuple[list[str], list[tuple[int, ...]]]] = {}
         start = 0
         for name, group in self._groups():
-            stop = start + len(group["params"])
+            stop = start + len(self._layout.params(group))
             groups[name] = (names[start:stop], shapes[start:stop])
             start = stop
         return {**diagnose_lora_pairing(groups), "report": "\n".join(self._buckets.identities.unknown_roles.values())}
@@ -51,5 +51,5 @@ class AdapterReports:
 
     def _adapter_names(self) -> tuple[list[str], list[tuple[int, ...]]]:
         """A name that tells the role, and the global shape, of every parameter."""
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = [p for group in self.param_groups for p in self._layout.params(group)]
         return self._buckets.identities.told_names(), [self._layout.shard(p).shape for p in params]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from hina_optim.techniques.base import ParamInfo, Technique
 
 __all__ = ["RateInspection", "numbers"]
+
+#: A name, a parameter, and a vector that is to be added up over all shards of such parameters.
+Part = tuple[str, Tensor, Tensor]
 
 #: Options of the masks, as they are reported.
 LR_MASK = ("warmup_steps", "min_lr", "max_lr", "lr_bump")
@@ -76,7 +79,7 @@ class RateInspection:
 
     def get_avg_learning_rate(self) -> float:
         """The mean effective learning rate over all elements of all groups."""
-        sums = self._reduced(self._lr_sums())
+        sums = self._added(self._lr_sums())
         if not sums:
             return math.nan
         home = next(iter(sums.values())).device
@@ -101,14 +104,16 @@ class RateInspection:
         logarithm: they are known to a factor of (max_lr / min_lr)^(1/512), 1.8 % with the defaults.
         """
         result = {f"lr_eff/{name}": mean for name, mean in self._lr_eff().items()}
-        sums: dict[str, Tensor] = {}
+        parts: list[Part] = []
         for name, group in self._groups():
             if group.get("use_lr_mask", False):
-                sums[f"counts/{name}"], sums[f"sum/{name}"] = self._mask_sums(group)
-                agreement = self._agreement(group)
-                if agreement is not None:
-                    sums[f"agree/{name}"] = agreement
-        sums = self._reduced(sums)
+                for params in self._alike(group):
+                    counts, total = self._mask_sums(group, params)
+                    parts += [(f"counts/{name}", params[0], counts), (f"sum/{name}", params[0], total)]
+                    agreement = self._agreement(params)
+                    if agreement is not None:
+                        parts.append((f"agree/{name}", params[0], agreement))
+        sums = self._added(parts)
         for name, group in self._groups():
             if f"counts/{name}" not in sums:
                 continue
@@ -152,7 +157,7 @@ class RateInspection:
 
     def _params(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Name, parameter and state (empty before its first step), in the order of the groups."""
-        params = (p for group in self.param_groups for p in group["params"])
+        params = (p for group in self.param_groups for p in self._layout.params(group))
         for name, p in zip(self.param_names(), params, strict=True):
             yield name, p, self.state.get(p, {})
 
@@ -163,25 +168,27 @@ class RateInspection:
     def _global_step(self) -> int:
         return max((int(state["step"]) for _, _, state in self._params() if "step" in state), default=0)
 
-    def _reduced(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Local sums (1-d or 0-d) → sums over all shards, by one reduction."""
-        if not self._layout.sharded or not sums:
-            return sums
-        home = next(iter(sums.values())).device
-        packed = self._layout.all_reduce(torch.cat([x.reshape(-1).to(home) for x in sums.values()]))
-        parts = packed.split([x.numel() for x in sums.values()])
-        return {name: part.reshape(x.shape) for (name, x), part in zip(sums.items(), parts, strict=True)}
+    def _alike(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        """The parameters of a group by the ranks among which they are cut: their sums can be added first."""
+        found: dict[Hashable, list[Tensor]] = {}
+        for p in self._layout.params(group):
+            found.setdefault(self._layout.cut(p), []).append(p)
+        return list(found.values())
 
-    def _masks(self, group: dict[str, Any]) -> tuple[list[Tensor], int]:
-        """The masks of a group that exist, and how many elements have none yet and stand at ``start_lr``."""
-        masks = [self._buckets.decoded(p, "lr_mask") for p in group["params"]]
-        waiting = sum(p.numel() for p, mask in zip(group["params"], masks, strict=True) if mask is None)
-        return [mask for mask in masks if mask is not None], waiting
+    def _added(self, parts: Sequence[Part]) -> dict[str, Tensor]:
+        """The sums of all vectors of a name over all shards, by one reduction."""
+        values = self._layout.reduce([(param, value) for _, param, value in parts])
+        result: dict[str, Tensor] = {}
+        for (name, _, _), value in zip(parts, values, strict=True):
+            result[name] = result[name] + value.to(result[name].device) if name in result else value
+        return result
 
-    def _mask_sums(self, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Histogram and sum of the masks of a group."""
-        home = group["params"][0].device
-        masks, waiting = self._masks(group)
+    def _mask_sums(self, group: dict[str, Any], params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Histogram and sum of the masks of some parameters of a group."""
+        home = params[0].device
+        found = [(self._buckets.decoded(p, "lr_mask"), self._layout.local(p).numel()) for p in params]
+        masks = [mask for mask, _ in found if mask is not None]
+        waiting = sum(numel for mask, numel in found if mask is None)  # these stand at start_lr
         low, high = group["min_lr"], group["max_lr"]
         counts = log_histogram((mask.to(home) for mask in masks), low, high, home)
         total = torch.stack([torch.zeros((), device=home), *(m.sum(dtype=torch.float32).to(home) for m in masks)]).sum()
@@ -191,67 +198,85 @@ class RateInspection:
             total = total + fresh[0] * waiting
         return counts, total
 
-    def _agreement(self, group: dict[str, Any]) -> Tensor | None:
-        """``[agreeing, compared]`` over the elements of a group whose last sign is known; None without gradients."""
-        home = group["params"][0].device
+    def _agreement(self, params: Sequence[Tensor]) -> Tensor | None:
+        """``[agreeing, compared]`` over the elements whose last sign is known; None without gradients."""
+        home = params[0].device
         parts = []
-        for p in group["params"]:
-            last = self._buckets.decoded(p, "last_sign") if p.grad is not None else None
-            if p.grad is not None and last is not None:
-                product = p.grad.sign() * last
+        for p in params:
+            grad = self._layout.grad(p)
+            last = self._buckets.decoded(p, "last_sign") if grad is not None else None
+            if grad is not None and last is not None:
+                product = grad.sign() * last
                 parts.append(torch.stack([(product > 0).sum(), (last != 0).sum()]).float().to(home))
         return torch.stack(parts).sum(0) if parts else None
 
-    def _lr_sums(self) -> dict[str, Tensor]:
+    def _lr_sums(self) -> list[Part]:
         """For each group ``[sum of the effective rates, number of elements]``."""
-        result = {}
-        for name, group in self._groups():
-            home = group["params"][0].device
-            weights, count = [], 0
-            for p in group["params"]:
-                state = Decoded(self._buckets, p, self.state.get(p, {}))
-                factor: Tensor | float = 1.0
-                for one in self._buckets.techniques(p):
-                    factor = factor * one.rate_factor(p, state)
-                if isinstance(factor, Tensor):
-                    # a factor of fewer elements than the parameter stands for all that it broadcasts to
-                    weight = factor.sum(dtype=torch.float32).to(home) * (p.numel() / max(1, factor.numel()))
-                else:
-                    weight = torch.full((), factor * p.numel(), device=home)
-                weights.append(weight)
-                count += p.numel()
-            lr = group["lr"]
-            total = torch.stack(weights).sum() * (lr.to(home).reshape(()) if isinstance(lr, Tensor) else lr)
-            result[name] = torch.stack([total, torch.full_like(total, float(count))])
-        return result
+        return [
+            (name, params[0], self._lr_sum(group, params))
+            for name, group in self._groups()
+            for params in self._alike(group)
+        ]
+
+    def _lr_sum(self, group: dict[str, Any], params: Sequence[Tensor]) -> Tensor:
+        home, weights, count = params[0].device, [], 0
+        for p in params:
+            here = self._layout.local(p)
+            state = Decoded(self._buckets, p, self.state.get(p, {}))
+            factor: Tensor | float = 1.0
+            for one in self._buckets.techniques(p):
+                factor = factor * one.rate_factor(here, state)
+            if isinstance(factor, Tensor):
+                # a factor of fewer elements than the parameter stands for all that it broadcasts to
+                weight = factor.sum(dtype=torch.float32).to(home) * (here.numel() / max(1, factor.numel()))
+            else:
+                weight = torch.full((), factor * here.numel(), device=home)
+            weights.append(weight)
+            count += here.numel()
+        lr = group["lr"]
+        total = torch.stack(weights).sum() * (lr.to(home).reshape(()) if isinstance(lr, Tensor) else lr)
+        return torch.stack([total, torch.full_like(total, float(count))])
 
     def _lr_eff(self) -> dict[str, Tensor]:
-        return {name: total / count for name, (total, count) in self._reduced(self._lr_sums()).items()}
+        return {name: total / count for name, (total, count) in self._added(self._lr_sums()).items()}
 
     def _mask_analysis(self) -> dict[str, dict[str, float]]:
-        """Numbers of the masks of all parameters that have elements, by name."""
+        """Numbers of the masks of all parameters that have elements, by name; by two reductions."""
         starts = {
             id(p): float(group["start_lr"])
             for group in self.param_groups
             if group.get("use_lr_mask", False)
-            for p in group["params"]
+            for p in self._layout.params(group)
         }
-        names, rows, sizes = [], [], []
+        names, sizes, params, sums, ends = [], [], [], [], []
         for name, p, _ in self._params():
-            if id(p) not in starts or p.numel() == 0:
+            size = int(torch.Size(self._layout.shard(p).shape).numel())
+            if id(p) not in starts or size == 0:
                 continue
+            here = self._layout.local(p)
             mask = self._buckets.decoded(p, "lr_mask")
-            mask = torch.full((1,), starts[id(p)], device=p.device) if mask is None else mask.float()
-            low, high = mask.aminmax()
-            rows += [mask.mean(), low, high, mask.std(correction=0)]
+            mask = torch.full(here.shape, starts[id(p)], device=p.device) if mask is None else mask
+            # around a value between the ends, lest the square of the mean cancels the mean of the squares
+            precise = torch.float32 if p.device.type == "mps" else torch.float64
+            wide = mask.to(precise) - starts[id(p)]
+            none = torch.full((2,), -math.inf, dtype=precise, device=p.device)
+            sums.append(torch.stack([wide.sum(), wide.square().sum()]))
+            ends.append(torch.stack([-mask.amin(), mask.amax()]).to(precise) if mask.numel() else none)
             names.append(name)
-            sizes.append(p.numel())
-        values = iter(numbers(rows))
-        keys = ("mean", "min", "max", "std")
-        return {
-            name: {**{key: next(values) for key in keys}, "elements": size}
-            for name, size in zip(names, sizes, strict=True)
-        }
+            sizes.append(size)
+            params.append(p)
+        totals = self._layout.reduce(list(zip(params, sums, strict=True)))
+        extremes = self._layout.reduce(list(zip(params, ends, strict=True)), largest=True)
+        home = params[0].device if params else torch.device("cpu")
+        rows = [torch.cat([a, b]).to(home) for a, b in zip(totals, extremes, strict=True)]
+        values = iter(torch.stack(rows).reshape(-1).tolist() if rows else ())
+        result = {}
+        for name, size, p in zip(names, sizes, params, strict=True):
+            total, squares, low, high = (next(values) for _ in range(4))
+            variance = max(0.0, squares / size - (total / size) ** 2)
+            mean = starts[id(p)] + total / size
+            result[name] = {"mean": mean, "min": -low, "max": high, "std": math.sqrt(variance), "elements": size}
+        return result
 
 
 class Decoded(Mapping[str, Tensor]):

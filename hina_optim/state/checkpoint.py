@@ -24,13 +24,13 @@ VERSION = 1
 
 def describe(optimizer: HinaOptimizer) -> dict[str, Any]:
     """What a checkpoint says of itself: version, optimizer, names and shapes of the parameters, how many have state."""
-    every = [p for group in optimizer.param_groups for p in group["params"]]
+    every = [p for _, _, p in optimizer._buckets.identities.places()]
     return {
         "version": VERSION,
         "optimizer": type(optimizer).__name__,
         "names": optimizer.param_names(),
         "named": all(names is not None for names in optimizer._names),
-        "shapes": [list(p.shape) for p in every],
+        "shapes": [list(optimizer._layout.shard(p).shape) for p in every],
         "kept": sum(bool(optimizer.state.get(p)) for p in every),
         "alone": optimizer._buckets.alone(),
         "told": optimizer._buckets.identities.told_names() if optimizer._buckets.identities.aliases else [],
@@ -40,10 +40,12 @@ def describe(optimizer: HinaOptimizer) -> dict[str, Any]:
 
 def unstacked(state: Mapping[str, Any]) -> dict[str, Any]:
     """One parameter's state as tensors of its own: the pickle of a view carries its whole stack for every parameter."""
-    return {
-        k: v.clone() if type(v) is Tensor and v.untyped_storage().nbytes() > v.numel() * v.element_size() else v
-        for k, v in state.items()
-    }
+    return {k: v.clone() if isinstance(v, Tensor) and _is_view(v) else v for k, v in state.items()}
+
+
+def _is_view(value: Tensor) -> bool:
+    local: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return local.untyped_storage().nbytes() > local.nbytes
 
 
 def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
@@ -68,8 +70,9 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
     for key, value in optimizer.described().items():
         if about.get(key, value) != value:
             raise ValueError(f"{owner}: the checkpoint was saved with {key} {about[key]}, this optimizer has {value}.")
+    optimizer.settle_layout()
     indices, order = _match(optimizer, saved, about)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = [p for _, _, p in optimizer._buckets.identities.places()]
     names = optimizer.param_names()
     groups = _merged_groups(optimizer, [saved["param_groups"][at] for at in order])
     kept = sum(bool(entry) for entry in saved["state"].values())
@@ -91,7 +94,10 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{owner}: the state of {names[at]} has no 'step': it is truncated, or another optimizer's."
             )
-        entries[params[at]] = entry
+        # what is here of it: a framework may hand over a whole tensor, or one that is cut otherwise
+        entries[params[at]] = {
+            k: optimizer._layout.unwrap(params[at], v) if isinstance(v, Tensor) else v for k, v in entry.items()
+        }
     with _told(optimizer, about, indices):
         hosted = optimizer._buckets.check_loaded(groups, entries)
     # it all fits; the old state goes before the new one comes, so that loading needs no more memory than training
@@ -165,7 +171,7 @@ def _match(
         match = {index: place[name] for index, name in zip(saved_indices, old, strict=True)}
         order = _matching_groups(optimizer, there, match)
     else:
-        counts, saved_counts = [len(g["params"]) for g in here], [len(g["params"]) for g in there]
+        counts, saved_counts = [len(optimizer._layout.params(g)) for g in here], [len(g["params"]) for g in there]
         if counts != saved_counts:
             raise ValueError(
                 f"{owner}: the checkpoint has groups of {saved_counts} parameters, this optimizer of {counts}: another "
@@ -173,14 +179,13 @@ def _match(
             )
         match = {index: at for at, index in enumerate(saved_indices)}
     shapes = about.get("shapes")
-    every = [p for group in here for p in group["params"]]
+    every = [optimizer._layout.shard(p).shape for _, _, p in optimizer._buckets.identities.places()]
     if shapes is not None:
         for index, shape in zip(saved_indices, shapes, strict=True):
             at = match[index]
-            if list(every[at].shape) != list(shape):
+            if list(every[at]) != list(shape):
                 raise ValueError(
-                    f"{owner}: {names[at]} has shape {tuple(every[at].shape)}, in the checkpoint "
-                    f"{tuple(shape)}: another model."
+                    f"{owner}: {names[at]} has shape {every[at]}, in the checkpoint {tuple(shape)}: another model."
                 )
     return match, order
 
@@ -190,8 +195,9 @@ def _matching_groups(optimizer: HinaOptimizer, there: list[Any], match: Mapping[
     places = [frozenset(match[index] for index in group["params"]) for group in there]
     order, start = [], 0
     for g, group in enumerate(optimizer.param_groups):
-        mine = frozenset(range(start, start + len(group["params"])))
-        start += len(group["params"])
+        count = len(optimizer._layout.params(group))
+        mine = frozenset(range(start, start + count))
+        start += count
         if mine not in places:
             raise ValueError(
                 f"{type(optimizer).__name__}: no group of the checkpoint holds the same parameters as group {g} "

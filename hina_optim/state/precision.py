@@ -29,6 +29,10 @@ class Codec(Protocol):
     """How a slot is stored."""
 
     @property
+    def compute(self) -> torch.dtype:
+        """What decoded values are."""
+
+    @property
     def parts(self) -> dict[str, torch.dtype]:
         """Suffix of the state name → dtype of that part."""
 
@@ -129,8 +133,9 @@ def codec_for(slot: Slot, storage: Storage, param_dtype: torch.dtype, shape: tup
     """The codec of a slot.
 
     In 8 bits: what has a code, in parameters of ``min_8bit_size`` elements and rows of :data:`SHORTEST_ROW` (fixed
-    levels need no rows); smaller parameters stay in fp32, what has short rows or no code in bf16. It is decided on the
-    global shape, so that sharding changes nothing.
+    levels need no rows); smaller parameters stay in fp32, what has short rows or no code in bf16. Of a vector, whose
+    blocks a shard would cut anywhere, moments stay in bf16. It is decided on the global shape, so that sharding changes
+    nothing.
 
     Args:
         slot: What is to be stored.
@@ -147,12 +152,12 @@ def codec_for(slot: Slot, storage: Storage, param_dtype: torch.dtype, shape: tup
         return TensorCodec(compute, compute)
     if storage.precision == "8bit":
         numel = torch.Size(shape).numel()
-        row = numel // shape[0] if len(shape) > 1 and shape[0] else numel
+        row = numel // shape[0] if len(shape) > 1 and shape[0] else 0
         if not storage.force_8bit and numel < storage.min_8bit_size:
             return TensorCodec(compute, compute)
         if isinstance(slot.code, tuple):
             return LogCodec(*slot.code, compute=compute)
-        if slot.code is not None and (storage.force_8bit or row >= SHORTEST_ROW):
+        if slot.code is not None and (row >= SHORTEST_ROW or (storage.force_8bit and row)):
             return BlockCodec(slot.code == "signed", compute=compute, stochastic=slot.slow)
     return TensorCodec(torch.bfloat16, compute, stochastic=True)
 

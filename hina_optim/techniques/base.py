@@ -227,8 +227,10 @@ class Flow:
     def over_columns(self, x: Tensor) -> Tensor:
         """Lay a number a column, ``[N, columns]``, over the elements present: broadcastable to ``[N, *shape]``."""
         index = self.values.get("column_index")
-        if index is not None:  # a flat piece that does not consist of whole rows
-            return x.index_select(1, index)
+        if index is not None:
+            x = x.index_select(1, index)
+            if self.values["grad"].ndim == 2:  # a flat piece that does not consist of whole rows
+                return x
         return x.reshape(x.shape[0], 1, *self.values["grad"].shape[2:])
 
     def scalar(self, technique: Technique, name: str) -> Tensor:

@@ -1,0 +1,108 @@
+"""Where the stored tensors of a shard lie in those of the whole parameter: boxes of elements and of scales.
+
+Stored 8-bit state has a scale for every block of a row. Where a shard begins and ends with blocks, its scales are a
+part of the whole parameter's; where it does not, its blocks are others, and only decoded values are the parameter's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hina_optim.state.blockwise import BlockCodec
+from hina_optim.state.shard import Shape, Shard
+
+__all__ = ["Box", "block_boxes", "covering_scales", "decode_elements", "numel", "whole"]
+
+#: ``(offset, size)`` in every dimension.
+Box = tuple[Shape, Shape]
+#: Elements whose scales are looked up at once.
+PIECE = 1 << 20
+
+
+def numel(shape: Shape) -> int:
+    """Number of elements."""
+    return int(torch.Size(shape).numel())
+
+
+def whole(shape: Shape) -> tuple[Box, ...]:
+    """The box that is all of a tensor; none of one without elements."""
+    return (((0,) * len(shape), shape),) if numel(shape) else ()
+
+
+def _columns(shape: Shape) -> int:
+    return numel(shape[1:]) if len(shape) > 1 else numel(shape)
+
+
+def block_boxes(shard: Shard, local_shape: Shape, codec: BlockCodec) -> tuple[Box, ...] | None:
+    """Boxes of a shard's scales in those of the parameter, in the order in which they lie here.
+
+    Args:
+        shard: What is here.
+        local_shape: The shape in which it lies here; blocks lie in its rows.
+        codec: How it is stored.
+
+    Returns:
+        None where the blocks here are not blocks of the whole parameter.
+    """
+    if not shard.numel:
+        return ()
+    block, columns = codec.block, _columns(shard.shape)
+    scales = codec.part_shape("_scale", shard.shape)
+    per_row = -(-columns // block)
+    if shard.offset is not None and shard.size is not None:
+        if shard.size[2:] != shard.shape[2:]:
+            return None
+        each = numel(shard.shape[2:])
+        begin, end = shard.offset[1] * each, (shard.offset[1] + shard.size[1]) * each
+        if begin % block or (end % block and end != columns):
+            return None
+        return (((shard.offset[0], begin // block), (shard.size[0], -(-(end - begin) // block))),)
+    first, last = shard.start // columns, (shard.stop - 1) // columns
+    begin, end = shard.start - first * columns, shard.stop - last * columns
+    if first == last or columns % block == 0:
+        fits = begin % block == 0 and (end % block == 0 or end == columns)
+    else:
+        fits = len(local_shape) > 1 and begin == 0 and end == columns
+    if not fits:
+        return None
+    return tuple(Shard(scales, first * per_row + begin // block, last * per_row + -(-end // block)).boxes())
+
+
+def _scale_range(shard: Shard, block: int) -> tuple[int, int]:
+    """Flat range of the scales of all blocks that a shard has elements of."""
+    if not shard.numel:
+        return 0, 0
+    columns = _columns(shard.shape)
+    per_row = -(-columns // block)
+    first, last = shard.start // columns, (shard.stop - 1) // columns
+    if first < last:
+        return first * per_row, (last + 1) * per_row
+    begin, end = shard.start - first * columns, shard.stop - first * columns
+    return first * per_row + begin // block, first * per_row + -(-end // block)
+
+
+def covering_scales(shard: Shard, codec: BlockCodec) -> tuple[Box, ...]:
+    """Boxes of the scales of all blocks that a shard has elements of."""
+    return tuple(Shard(codec.part_shape("_scale", shard.shape), *_scale_range(shard, codec.block)).boxes())
+
+
+def decode_elements(shard: Shard, codec: BlockCodec, codes: Tensor, scales: Tensor) -> Tensor:
+    """The values of a shard that need not begin or end with a block, flat.
+
+    Args:
+        shard: What is here.
+        codec: How it is stored.
+        codes: Its codes, flat.
+        scales: Those of :func:`covering_scales`, flat.
+    """
+    columns = _columns(shard.shape)
+    per_row, first = -(-columns // codec.block), _scale_range(shard, codec.block)[0]
+    each = BlockCodec(codec.signed, block=1, compute=codec.compute)
+    values = torch.empty(codes.numel(), dtype=codec.compute, device=codes.device)
+    for begin in range(0, codes.numel(), PIECE):
+        end = min(begin + PIECE, codes.numel())
+        at = shard.index(codes.device, begin, end)
+        scale = scales[at // columns * per_row + at % columns // codec.block - first]
+        values[begin:end] = each.decode({"": codes[None, begin:end], "_scale": scale[None]})[0]
+    return values
