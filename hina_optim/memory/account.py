@@ -79,7 +79,7 @@ def expected_bytes(optimizer: Saver) -> int:
     """What the first step will need beside what is there: gradients, state, and the engine's temporary memory."""
     every = sizes.kept(optimizer)  # type: ignore[arg-type]
     gradients = sum(_bytes(one.param) for one in every if one.param.grad is None)
-    temporary = sizes.temporary_bytes(every, [tuple(one.param.shape) for one in every])
+    temporary = sizes.temporary_bytes(every, [one.local_shape for one in every])
     return gradients + temporary + (0 if optimizer.state_bytes() else sizes.state_bytes(every, on_device=True))
 
 
@@ -153,4 +153,6 @@ def _parameters(optimizer: Saver) -> Iterator[Tensor]:
 
 
 def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()
+    """Of what is here of it."""
+    here: Tensor = x.to_local() if hasattr(x, "to_local") else x
+    return here.numel() * here.element_size()

@@ -275,26 +275,28 @@ def _planned(
 ) -> MemoryPlan:
     dtype = torch.float32 if sharding in _ZERO else None
     sharded_here = optimizer._layout.sharded
-    trained = [p for _, _, p in optimizer._buckets.identities.places() if p.requires_grad]
     zero = None if sharded_here else _zeros(optimizer)
     every = sizes.kept(optimizer, zero=zero, dtype=dtype, device=device)
-    shapes = [tuple(one.param.shape) for one in every]
+    shapes = [one.info.shape for one in every]
     offsets = [one.group for one in every]
     whose = [rank] if rank is not None else _candidates(sharding, world_size)
     rank, local = max(
         ((r, local_shapes(shapes, offsets, sharding, world_size, r)) for r in whose),
         key=lambda item: _total(every, item[1]),
     )
-    weights = sum(
-        local_numel(tuple(p.shape), sharding, world_size, rank) * p.element_size() for p in (*trained, *frozen)
-    )
+    whole = [(one.info.shape, one.param.element_size()) for one in every if one.param.requires_grad]
+    whole += [(tuple(p.shape), p.element_size()) for p in frozen]
+    weights = sum(local_numel(shape, sharding, world_size, rank) * size for shape, size in whole)
+    if sharded_here:  # they lie here already as they will
+        local = [one.local_shape for one in every]
+        weights = sum(int(torch.Size(one.local_shape).numel()) * one.param.element_size() for one in every)
     here = sum(int(torch.Size(shape).numel()) for shape in local)
     gradients = sum(
-        (int(torch.Size(shape).numel()) if sharding not in ("none", "ddp", "zero1") else p.numel()) * p.element_size()
-        for p, shape in zip([one.param for one in every], local, strict=True)
+        int(torch.Size(one.info.shape if sharding in ("ddp", "zero1") else shape).numel()) * one.param.element_size()
+        for one, shape in zip(every, local, strict=True)
     )
     master = 4 * here if sharding in _ZERO else 0
-    cut = sharding not in ("none", "ddp")
+    cut = sharded_here or sharding not in ("none", "ddp")
     temporary = sizes.temporary_bytes(every, local, cut)
     base = weights + master + gradients
     budget = None if vram_gb is None else int(vram_gb * GIB)
@@ -302,14 +304,14 @@ def _planned(
     notes = [_ASSUMED[sharding]] if _ASSUMED[sharding] else []
     if sharding not in ("none", "ddp"):
         notes.append(_WHOLE)
-    if any(p.device.type == "meta" for p in trained) and any(s.constant for one in every for s in one.slots):
+    if any(one.param.device.type == "meta" for one in every) and any(s.constant for one in every for s in one.slots):
         notes.append(_META)
     made = MemoryPlan(
         optimizer=type(optimizer).__name__,
         sharding=sharding,
         world_size=world_size,
         rank=rank,
-        trained=sum(p.numel() for p in trained),
+        trained=sum(one.info.numel for one in every if one.param.requires_grad),
         frozen=sum(p.numel() for p in frozen),
         parameter_bytes=weights,
         master_bytes=master,

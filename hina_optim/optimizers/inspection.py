@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,9 @@ LORA = ("rank_penalty_strength", "low_rank_emphasis", "rank_target", "rank_inter
 class Inspection(RateInspection):
     """Methods for whoever wants to know what an optimizer does; mixed into the optimizers.
 
-    Groups go by their option ``name``, or ``group0``, ``group1``, … where there is none. Figures of sharded parameters
-    are of the whole parameters where they come from :meth:`lr_mask_statistics`, :meth:`get_effective_lrs` and
-    :meth:`get_avg_learning_rate` (which every rank must then call), else of the part that is here.
+    Groups go by their option ``name``, or ``group0``, ``group1``, … where there is none. Of sharded parameters, figures
+    of masks, rates and importance are of the whole parameters (what adds up over masks and rates must be called by
+    every rank), bytes are of what is here.
     """
 
     # -- importance and relationships ----------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ class Inspection(RateInspection):
         relationships: list[dict[str, Any]] = []
         if known:
             names = [name for name, _, _ in known]
-            shapes = [tuple(p.shape) for _, p, _ in known]
+            shapes = [self._layout.shard(p).shape for _, p, _ in known]
             partners = torch.full((len(known),), -1)
             told = dict(zip(self.param_names(), self._adapter_names()[0], strict=True))
             for i, j in find_pairs([told[name] for name in names], shapes):
@@ -172,8 +173,8 @@ class Inspection(RateInspection):
         return {
             "optimizer_type": type(self).__name__,
             "version": self.VERSION,
-            "total_params": sum(len(group["params"]) for group in self.param_groups),
-            "total_elements": sum(p.numel() for _, p, _ in self._params()),
+            "total_params": sum(1 for _ in self._params()),
+            "total_elements": sum(math.prod(self._layout.shard(p).shape) for _, p, _ in self._params()),
             "features": self._features(),
             "adaptation_config": self._options(ADAPTATION),
             "lr_mask_config": self._options(LR_MASK),
@@ -189,10 +190,10 @@ class Inspection(RateInspection):
         """Memory in use, and the bytes of state by precision, device and name."""
         pressure, used, budget = self._memory()
         by: dict[str, Counter[str]] = {"by_precision": Counter(), "by_device": Counter(), "by_name": Counter()}
-        for _, _, state in self._params():
+        for _, p, state in self._params():
             for name, x in state.items():
                 if isinstance(x, Tensor):
-                    size = x.numel() * x.element_size()
+                    size = self._layout.unwrap(p, x).nbytes
                     by["by_precision"][str(x.dtype).removeprefix("torch.")] += size
                     by["by_device"][str(x.device)] += size
                     by["by_name"][name] += size
@@ -225,13 +226,14 @@ class Inspection(RateInspection):
         counts: Counter[str] = Counter()
         breakdown: dict[str, Counter[str]] = {}
         for _, p, state in self._params():
-            counts["total"] += p.numel()
+            numel = math.prod(self._layout.shard(p).shape)
+            counts["total"] += numel
             dtypes = {name: x.dtype for name, x in state.items() if isinstance(x, Tensor)}
-            counts["8bit"] += p.numel() if torch.uint8 in dtypes.values() else 0
+            counts["8bit"] += numel if torch.uint8 in dtypes.values() else 0
             moments = [dtype for name, dtype in dtypes.items() if name.startswith(("exp_avg", "momentum_"))]
-            counts["32bit"] += p.numel() if moments and all(d.itemsize >= 4 for d in moments) else 0
+            counts["32bit"] += numel if moments and all(d.itemsize >= 4 for d in moments) else 0
             for name, dtype in dtypes.items():
-                size = state[name].numel() * state[name].element_size()
+                size = self._layout.unwrap(p, state[name]).nbytes
                 breakdown.setdefault(name, Counter())[str(dtype).removeprefix("torch.")] += size
         held = self.state_bytes()
         full = self.state_bytes("fp32") if held else 0
