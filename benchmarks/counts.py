@@ -118,10 +118,10 @@ class Counting(Layout):
         self.counts["agreements"] += 1
         return vector
 
-    def gather(self, param: Tensor, local: Tensor) -> Tensor:
+    def gather(self, parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Count."""
         self.counts["gathers"] += 1
-        return super().gather(param, local)
+        return super().gather(parts)
 
 
 def names() -> list[str]:

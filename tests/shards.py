@@ -63,10 +63,10 @@ class ThreadLayout(Layout):
             self.world.agreements += 1
         return self.sum(vector)
 
-    def gather(self, param: Tensor, local: Tensor) -> Tensor:
+    def gather(self, parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         if self.rank == 0:
             self.world.gathers += 1
-        return self.sum(self.put(self.shard(param), local))
+        return [self.sum(self.put(self.shard(param), local)) for param, local in parts]
 
 
 def cut(shape: tuple[int, ...], rank: int, size: int, by_rows: bool) -> tuple[int, int]:

@@ -54,6 +54,7 @@ class Cell:
     whole: Values = field(default_factory=dict)
     kept: bool = True  # whether inputs and values stay from one segment to the next
     fetched: Fetched | None = None
+    complete: list[Tensor] | None = None  # gathered ahead, for the next segment
 
     def homes(self, i: int) -> Values:
         """What is worth bringing from host memory before segment ``i``: pieces, where they live."""

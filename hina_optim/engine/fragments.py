@@ -134,9 +134,9 @@ class FlatLayout(Layout):
         """One all-reduce."""
         return all_sums(self._axis, [value for _, value in parts], largest)
 
-    def gather(self, param: Tensor, local: Tensor) -> Tensor:
+    def gather(self, parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """A sum of pieces that do not overlap."""
-        return self._axis.add(self.put(self.shard(param), local))
+        return self.reduce([(param, self.put(self.shard(param), local)) for param, local in parts])
 
     def total(self, vector: Tensor) -> Tensor:
         """One all-reduce."""

@@ -85,9 +85,9 @@ class Layout:
         """
         return [value for _, value in parts]
 
-    def gather(self, param: Tensor, local: Tensor) -> Tensor:
-        """The complete ``[N, *shape]`` from every rank's ``[N, *local shape]``, for parameters that lie alike."""
-        return local.reshape(local.shape[0], *self.shard(param).shape)
+    def gather(self, parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Complete ``[N, *shape]`` from all ranks' ``[N, *local shape]``, each given with a parameter that lies so."""
+        return [local.reshape(local.shape[0], *self.shard(param).shape) for param, local in parts]
 
     def total(self, vector: Tensor) -> Tensor:
         """A vector on the host, of numbers ≥ 0, added up over all ranks that share parameters.

@@ -148,13 +148,9 @@ class MeshLayout(Layout):
     def _cut(self, param: Tensor) -> tuple[Axis, ...]:
         return (self._of.get(param) or self._place(param)).axes
 
-    def gather(self, param: Tensor, local: Tensor) -> Tensor:
+    def gather(self, parts: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """A sum of pieces that do not overlap."""
-        shard = self.shard(param)
-        complete = self.put(shard, local)
-        for axis in self._cut(param):
-            axis.add(complete)
-        return complete
+        return self.reduce([(param, self.put(self.shard(param), local)) for param, local in parts])
 
     def total(self, vector: Tensor) -> Tensor:
         """One all-reduce for each dimension of a mesh, those that replicate included: replicas step together."""

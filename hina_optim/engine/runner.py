@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 #: Bytes of temporary memory with which a step makes do if it must.
 SMALLEST_BUFFER = 8_000_000
+#: Bytes of complete values of sharded parameters that are gathered at once; a single parameter may be larger.
+GATHERED = 64_000_000
 #: Pieces in which memory is set aside.
 RESERVED = 8
 
@@ -263,7 +265,7 @@ class Runner:
                 else:
                     self._fetch_ahead(running[0], i + 1)
                 # where parameters are sharded the other ranks wait for this one: gathered once, whatever happens
-                complete = self._complete(cell, i) if self.layout.sharded else None
+                complete = self._gathered(running[at:], i) if self.layout.sharded else None
                 final = i == len(segments) - 1
                 if final and cell.program.compiled:  # what a graph writes when is the compiler's business
                     inputs, values, sums = self._run(cell, i, complete)
@@ -307,15 +309,42 @@ class Runner:
         self.torn = None if cell.last else cell.bucket.members[cell.first].name
 
     def _complete(self, cell: Cell, i: int) -> list[Tensor]:
-        """Complete values for the technique that opens segment ``i``.
-
-        Where parameters are sharded every rank takes part, one that happens to have all of this one, too.
-        """
+        """Complete values, where nothing is sharded, for the technique that opens segment ``i``."""
         one, carry = cell.program.segments[i].whole, cell.carry
-        if one is None:
+        assert one is not None and carry is not None  # the guard's segment comes before any other
+        return self.layout.gather([(cell.bucket.params[cell.first], carry[name]) for name in one.whole])
+
+    def _gathered(self, cells: Sequence[Cell], i: int) -> list[Tensor]:
+        """The same for the first of these cells, where parameters are sharded.
+
+        Every rank takes part, one that happens to have all of this one, too. What small parameters need is gathered
+        together with those that follow.
+        """
+        first = cells[0]
+        if first.program.segments[i].whole is None:
             return []
-        assert carry is not None  # the guard's segment comes before any other
-        return [self.layout.gather(cell.bucket.params[cell.first], carry[name]) for name in one.whole]
+        if first.complete is None:
+            parts: list[tuple[Cell, Tensor]] = []
+            size = 0
+            for cell in cells:
+                one, carry = cell.program.segments[i].whole, cell.carry
+                if one is None or cell.complete is not None:
+                    continue
+                assert carry is not None
+                size += (
+                    len(one.whole) * (cell.stop - cell.first) * cell.bucket.info.numel * cell.program.compute.itemsize
+                )
+                if parts and size > GATHERED:  # the same on all ranks, whatever memory each of them has
+                    break
+                cell.complete = []
+                parts += [(cell, carry[name]) for name in one.whole]
+            values = self.layout.gather([(cell.bucket.params[cell.first], value) for cell, value in parts])
+            for (cell, _), value in zip(parts, values, strict=True):
+                assert cell.complete is not None
+                cell.complete.append(value)
+        found, first.complete = first.complete, None
+        assert found is not None
+        return found
 
     def _reduce(self, results: list[tuple[Cell, Values]], cells: list[Cell]) -> None:
         """Add up the sums of a phase: over chunks here, over shards in one packed all-reduce."""
