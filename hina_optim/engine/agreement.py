@@ -123,11 +123,10 @@ class Agreement:
             )
         return [p for p, yes in zip(params, have, strict=True) if yes]
 
-    def formed(self, something: bool) -> bool:
-        """After state was made: raise on all ranks if that failed on any; returns ``something``."""
+    def formed(self, something: bool) -> None:
+        """Raise on all ranks what went wrong on any while state was made, if any was made."""
         if self._layout.sharded and (something or self._trouble is not None):
             self._raise(bool(self._layout.total(torch.tensor([self._trouble is not None], dtype=torch.int64))))
-        return something
 
     def _raise(self, anywhere: bool) -> None:
         if self._trouble is not None:
@@ -144,7 +143,13 @@ class Agreement:
         if self._trouble is not None:
             return 0
         told = [
-            [(k, v) for k, v in sorted(group.items()) if k != "params" and not isinstance(v, Tensor)]
-            for _, group in opt.indexed_groups()
+            [(k, _plain(v)) for k, v in sorted(group.items()) if k != "params"] for _, group in opt.indexed_groups()
         ]
         return zlib.crc32(repr((told, layout.digest())).encode()) & MASK
+
+
+def _plain(value: object) -> object:
+    """An option without what would have to be waited for."""
+    if isinstance(value, Tensor):
+        return value.tolist() if value.device.type == "cpu" else None
+    return value

@@ -47,7 +47,7 @@ class Buckets:
         #: positions of parameters that were once without a gradient when their bucket had one
         self._alone: set[int] = set()
         self._said: set[str] = set()
-        self._formed = False  # whether buckets were made since the last step
+        self._formed = False  # whether buckets were made
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -68,10 +68,7 @@ class Buckets:
         with agreement.noting():
             grads = [self._checked_grad(p) for p in params]
         with_grad = agreement.stepping(params, grads)
-        with agreement.noting():
-            self.ensure(with_grad)
-        if agreement.formed(self._formed):
-            self._formed = False
+        self.ensure_together(with_grad, agreement)
         work = list(dict.fromkeys(self._of[p] for p in with_grad))
         return [] if self._is_priming(work) else work
 
@@ -93,6 +90,13 @@ class Buckets:
                 "parameter changed its shape after backward; clear the gradient."
             )
         return grad
+
+    def ensure_together(self, params: Sequence[Tensor], agreement: Agreement) -> None:
+        """:meth:`ensure` on all ranks at once: if one of them cannot make its state, all raise."""
+        self._formed = False
+        with agreement.noting():
+            self.ensure(params)
+        agreement.formed(self._formed)
 
     def ensure(self, params: Sequence[Tensor]) -> None:
         """Give every one of ``params`` a bucket that holds it, and only parameters of ``params``."""

@@ -69,18 +69,29 @@ class Cell:
         pieces = {name: stack[rows] for name, stack in stacks.items()}
         if not self.chunked:
             return pieces
-        like = {s.name for s in bucket.slots if s.shape == "like"} - bucket.key.zero_anchors
-        cut = {name + suffix for name in like for suffix in bucket.codecs[name].parts} & pieces.keys()
-        return pieces | self.chunk({name: pieces[name] for name in cut})
+        for slot in bucket.slots:
+            if slot.shape == "like" and slot.name not in bucket.key.zero_anchors:
+                codec = bucket.codecs[slot.name]
+                for suffix in codec.parts:
+                    part = slot.name + suffix
+                    if part in pieces:
+                        begin, end = (codec.part_shape(suffix, (at,))[0] for at in (self.begin, self.end))
+                        pieces[part] = self._cut(pieces[part], begin, end)
+        return pieces
 
     def chunk(self, values: Values) -> Values:
         """The elements of the chunk of such tensors; all, where it is none."""
         if not self.chunked:
             return values
-        row = self.bucket.numel // self.bucket.key.local_shape[0] if self.by_rows else 1
-        cut = slice(self.begin // row, self.end // row)
+        return {name: self._cut(value, self.begin, self.end) for name, value in values.items()}
+
+    def _cut(self, value: Tensor, begin: int, end: int) -> Tensor:
+        """The chunk of a stack ``[1, …]``, which in the flat one is ``begin … end-1``."""
+        if not self.by_rows:
+            return value.view(1, -1)[:, begin:end]
         # cut between rows, every part of a state has the parameter's rows as its first dimension
-        return {k: (v if self.by_rows else v.view(1, -1))[:, cut] for k, v in values.items()}
+        row = self.bucket.numel // self.bucket.key.local_shape[0]
+        return value[:, self.begin // row : self.end // row]
 
     def lines(self) -> Values:
         """Rows of the matrix view that are here, where not all are; of a box, its columns, too.
@@ -89,7 +100,7 @@ class Cell:
         """
         shard, shape, device = self.bucket.shard, self.bucket.key.local_shape, self.bucket.key.device
         columns = self.bucket.info.columns
-        if not self.bucket.info.is_matrix or (shard.is_complete and not self.chunked):
+        if not self.bucket.info.is_matrix or (shard.is_complete and not self.chunked and len(shape) > 1):
             return {}
         if not self.bucket.numel and len(shape) > 1:  # rows without columns, or columns without rows
             none = {"row_index": shape[0], "column_index": torch.Size(shape[1:]).numel()}
@@ -107,7 +118,7 @@ class Cell:
         return {"row_index": index // columns, "column_index": index % columns}
 
 
-def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None) -> Iterator[Cell]:
+def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None, numel: int) -> Iterator[Cell]:
     """The cells of a bucket for its next step.
 
     Args:
@@ -115,6 +126,7 @@ def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None) -> It
         program: Its segments.
         limit: Elements that may run at once.
         loss: 0-d, the loss that was reported for this step; None where none was.
+        numel: Elements that a parameter counts for; its local ones, or more.
     """
     device = bucket.key.device
     precise = torch.float32 if device.type == "mps" else torch.float64
@@ -134,13 +146,13 @@ def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None) -> It
         )
     if program.needs_index:
         scalars["seeds"] = param_seeds(bucket.keys, int(bucket.group["seed"]), bucket.step)
-    n, numel = bucket.size, bucket.numel
+    n = bucket.size
     by_rows = not _contiguous(bucket) or (program.needs_rows and len(bucket.key.local_shape) > 1)
-    if by_rows:
+    if by_rows and not program.needs_whole:
         row = max(1, numel // max(1, bucket.key.local_shape[0] if bucket.key.local_shape else 1))
         step = FOLD // math.gcd(row, FOLD)
         limit = max(1, limit // row // step) * step * row
-    if numel > limit and not program.needs_whole and not (program.coded_rows and len(bucket.key.local_shape) == 1):
+    if numel > limit and not program.needs_whole:
         for p in range(n):
             for begin in range(0, numel, limit):
                 end = min(begin + limit, numel)
@@ -150,7 +162,7 @@ def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None) -> It
     each = max(1, limit // max(1, numel))
     for first in range(0, n, each):
         stop = min(n, first + each)
-        yield Cell(bucket, program, first, stop, 0, numel, False, False, True, scalars)
+        yield Cell(bucket, program, first, stop, 0, bucket.numel, False, False, True, scalars)
 
 
 def _contiguous(bucket: Bucket) -> bool:

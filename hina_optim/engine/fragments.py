@@ -47,6 +47,7 @@ class FlatLayout(Layout):
     Args:
         group: The processes among which parameters are cut; None for all.
         fragments: Of all parameters of all groups, in the same order on all ranks.
+        together: The processes that step together, where they are more: those with replicas, too.
 
     Raises:
         ValueError: The fragments of all ranks do not make up every parameter once.
@@ -54,8 +55,14 @@ class FlatLayout(Layout):
 
     sharded = True
 
-    def __init__(self, group: dist.ProcessGroup | None, fragments: Sequence[Fragment]) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        fragments: Sequence[Fragment],
+        together: dist.ProcessGroup | None = None,
+    ) -> None:
         self._axis = Axis.of(group)
+        self._together = self._axis if together is None else Axis.of(together)
         self.fragments: dict[Tensor, Fragment] = {}
         self._held: dict[Tensor, list[Tensor]] = {}
         shared = Counter(fragment.holder for fragment in fragments)
@@ -90,6 +97,10 @@ class FlatLayout(Layout):
         """The fragments in the tensors of a group, in the order of the parameters."""
         keys = [key for holder in group["params"] for key in self._held.get(holder, ())]
         return sorted(keys, key=lambda key: self.fragments[key].position)
+
+    def holders(self, group: int) -> list[Tensor]:
+        """The flat tensors of a group."""
+        return list(dict.fromkeys(f.holder for f in self.fragments.values() if f.position >> 24 == group))
 
     def position(self, param: Tensor) -> int | None:
         """That of the original parameter."""
@@ -140,7 +151,7 @@ class FlatLayout(Layout):
 
     def total(self, vector: Tensor) -> Tensor:
         """One all-reduce."""
-        return self._axis.add(vector)
+        return self._together.add(vector)
 
 
 def _view(fragment: Fragment) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from hina_optim import arguments as rule
+from hina_optim.engine.everything import about_all
 
 if TYPE_CHECKING:
     from hina_optim.engine.bookkeeping import Buckets
@@ -29,6 +30,7 @@ class Housing:
         def check_group(self, group: dict[str, Any]) -> None:
             """From the optimizer."""
 
+    @about_all
     def state_bytes(self, precision: str | None = None) -> int:
         """Bytes of optimizer state held now; with ``precision``, what they would be in that one.
 
@@ -37,6 +39,7 @@ class Housing:
         """
         return self._buckets.state_bytes(precision)
 
+    @about_all
     def set_state_precision(self, precision: str) -> int:
         """Convert the state in place, one slot of one bucket at a time, and keep it so from now on.
 
@@ -53,6 +56,7 @@ class Housing:
         self.defaults["state_precision"] = precision
         return before - self.state_bytes()
 
+    @about_all
     def change_options(self, changes: Sequence[Mapping[str, Any]]) -> None:
         """Set options of the groups, and convert the state that exists now, not at the next step.
 
@@ -69,6 +73,7 @@ class Housing:
         with torch.no_grad():
             self._buckets.change(changes)
 
+    @about_all
     def set_state_device(self, device: Literal["cpu"] | None) -> int:
         """Move the state of the parameters' shapes to host memory, or back to the parameters, and keep it there.
 
@@ -82,6 +87,7 @@ class Housing:
         """
         return self._rehouse("state_device", device)
 
+    @about_all
     def set_anchor_device(self, device: Literal["cpu"] | None) -> int:
         """The same for the weights before the first update only, which some techniques keep."""
         return self._rehouse("anchor_device", device)
@@ -94,6 +100,7 @@ class Housing:
         self.defaults[option] = device
         return self.host_state_bytes() - before
 
+    @about_all
     def host_state_bytes(self) -> int:
         """Bytes of state in host memory that belong to parameters on other devices; part of :meth:`state_bytes`."""
         return self._buckets.host_bytes()

@@ -31,6 +31,10 @@ class Layout:
         found: Sequence[Tensor] = group["params"]
         return found
 
+    def holders(self, group: int) -> list[Tensor]:
+        """The tensors that a group is made of, where an engine takes them out of it between its steps."""
+        return []
+
     def position(self, param: Tensor) -> int | None:
         """Its place in the groups as they were built, ``(group << 24) | place``; None where they still are so."""
         return None

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from hina_optim import arguments as rule
-from hina_optim.engine.agreement import check_partitions, settled
+from hina_optim.engine.agreement import Agreement, check_partitions, settled
 from hina_optim.engine.bookkeeping import Buckets
 from hina_optim.engine.bucket import Bucket
+from hina_optim.engine.everything import about_all
 from hina_optim.engine.exhaustion import before_any_change
 from hina_optim.engine.housing import Housing
 from hina_optim.engine.layout import Layout
@@ -187,6 +188,7 @@ class HinaOptimizer(Housing, torch.optim.Optimizer):
             group.setdefault("start_lr", float(lr) if lr is not None else 0.0)
             param_group = group
         super().add_param_group(param_group)
+        self._every_group = list(self.param_groups)  # now, while they are all here
         # names stay out of the groups: a flattened checkpoint repeats every group value for every parameter
         self._names.append(found or None)
         if not found:
@@ -325,11 +327,13 @@ class HinaOptimizer(Housing, torch.optim.Optimizer):
         self.settle_layout()
         return bool(self._layout.total(torch.tensor([float(here)])))
 
+    @about_all
     def init_state(self) -> None:
         """Allocate the state of every parameter that requires grad now, instead of at its first step."""
         with torch.no_grad():
             self.settle_layout()
-            self._buckets.ensure([p for _, _, p in self._buckets.identities.places() if p.requires_grad])
+            params = [p for _, _, p in self._buckets.identities.places() if p.requires_grad]
+            self._buckets.ensure_together(params, Agreement(self))
 
     def bind_layout(self, layout: Layout) -> None:
         """Tell where the elements of sharded parameters lie. To be called before the first step.
@@ -358,6 +362,7 @@ class HinaOptimizer(Housing, torch.optim.Optimizer):
 
     # -- saving, loading, copying ------------------------------------------------------------------------------------
 
+    @about_all
     def state_dict(self) -> dict[str, Any]:
         """State, groups, and under ``"hina"`` what lets :meth:`load_state_dict` check that they belong here."""
         self._buckets.conform()
@@ -372,6 +377,8 @@ class HinaOptimizer(Housing, torch.optim.Optimizer):
     def _as_the_engine_sees(self) -> Iterator[None]:
         """The groups hold the parameters that have state, in the place of flat tensors that hold them."""
         held = [group["params"] for group in self.param_groups]
+        for p in [p for p, state in self.state.items() if not state]:
+            del self.state[p]  # an engine only looked (DeepSpeed at its flat tensors), and torch's state made an entry
         for group in self.param_groups:
             group["params"] = list(self._layout.params(group))
         try:
@@ -380,6 +387,7 @@ class HinaOptimizer(Housing, torch.optim.Optimizer):
             for group, params in zip(self.param_groups, held, strict=True):
                 group["params"] = params
 
+    @about_all
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load state and groups: every dtype as saved, by name where both sides have names, all or nothing.
 
@@ -415,7 +423,7 @@ class HinaOptimizer(Housing, torch.optim.Optimizer):
             self._names = names or [None] * len(self.param_groups)
         if not hasattr(self, "_layout"):
             self._layout = Layout()
-        self._every_group, self._settled = [], []
+        self._every_group, self._settled = list(self.param_groups), []
         self._loss, self._said_no_loss = None, False
         self._transfers = Transfers()
         self._granted = (0, 0)

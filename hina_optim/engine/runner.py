@@ -35,6 +35,8 @@ T = TypeVar("T")
 SMALLEST_BUFFER = 8_000_000
 #: Bytes of complete values of sharded parameters that are gathered at once; a single parameter may be larger.
 GATHERED = 64_000_000
+#: What happens to the other ranks when this one cannot finish a step.
+WAITING = " The other ranks wait for this one and end with a time-out: resume all from the last checkpoint."
 #: Pieces in which memory is set aside.
 RESERVED = 8
 
@@ -119,7 +121,7 @@ class Runner:
         every = sum(bucket.size for bucket, _ in work)
         done = [m.name for bucket, ranges in self.updated.items() for a, b in ranges for m in bucket.members[a:b]]
         if not done and self.torn is None:
-            return UNCHANGED
+            return UNCHANGED + (WAITING if self.layout.sharded else "")
         some = f" ({', '.join(done[:3])}{', …' if len(done) > 3 else ''})" if done else ""
         torn = (
             f" {self.torn} was updated in part: every element has the weight and the state of the same step, but some "
@@ -130,7 +132,7 @@ class Runner:
         return (
             f"Memory ran out in step() of the optimizer. {len(done)} of {every} parameters were updated{some}, weights "
             f"and state alike; the others are as they were.{torn} The gradients are as they were: do not step with "
-            "them again."
+            f"them again.{WAITING if self.layout.sharded else ''}"
         )
 
     def _reserve(self, work: Sequence[tuple[Bucket, Program]]) -> None:
@@ -165,9 +167,9 @@ class Runner:
                 give_back(device)
         return False
 
-    def _limit(self, bucket: Bucket, program: Program) -> int:
-        """Elements that may run at once."""
-        limit = max(GRAIN, self.max_bytes // self._each(bucket) // GRAIN * GRAIN)
+    def _limit(self, bucket: Bucket, program: Program, most: int) -> int:
+        """Elements that may run at once within so many bytes."""
+        limit = max(GRAIN, most // self._each(bucket) // GRAIN * GRAIN)
         return min(limit, CPU_CHUNK) if bucket.key.device.type == "cpu" and not program.compiled else limit
 
     @staticmethod
@@ -177,7 +179,7 @@ class Runner:
         return (LIVE_VALUES + 2 * len(bucket.hosted)) * compute_dtype(bucket.key.dtype).itemsize
 
     def _live_bytes(self, bucket: Bucket, program: Program) -> int:
-        return self._each(bucket) * min(self._limit(bucket, program), bucket.size * bucket.numel)
+        return self._each(bucket) * min(self._limit(bucket, program, self.max_bytes), bucket.size * bucket.numel)
 
     def _attempt(self, run: Callable[[], T], cell: Cell | None, cells: Sequence[Cell], what: str) -> T:
         """Run what changes nothing unless it succeeds; once more if memory runs out."""
@@ -200,9 +202,12 @@ class Runner:
         return attempt(run, release, name)
 
     def _cells(self, bucket: Bucket, program: Program) -> list[Cell]:
-        return self._attempt(
-            lambda: list(cut(bucket, program, self._limit(bucket, program), self.loss)), None, (), "the scalars"
-        )
+        # complete values are gathered by all ranks: whatever each of them holds, they cut a bucket into the same cells
+        alike = self.layout.sharded and program.needs_whole
+        most = int(bucket.group["max_buffer_memory_mb"] * 1e6) if alike else self.max_bytes
+        limit = self._limit(bucket, program, most)
+        numel = bucket.info.numel if alike else bucket.numel
+        return self._attempt(lambda: list(cut(bucket, program, limit, self.loss, numel)), None, (), "the scalars")
 
     def _inputs(self, cell: Cell, i: int) -> Inputs:
         """Stored tensors of a cell for segment ``i``: views where the memory allows it, stacks of the small ones."""
@@ -350,10 +355,7 @@ class Runner:
         """Add up the sums of a phase: over chunks here, over shards in one packed all-reduce."""
         merged = self._attempt(lambda: self._merge(results), None, cells, "the sums")
         if self.layout.sharded:
-            every = [(members[0].bucket.params[0], sums, k) for members, sums in merged for k in sums]
-            packed = self.layout.reduce([(param, sums[k]) for param, sums, k in every]) if every else []
-            for (_, sums, k), value in zip(every, packed, strict=True):
-                sums[k] = value
+            self._add_shards(merged, cells)
         pairs = [(cell, sums) for members, sums in merged for cell in members]
         totals = self._attempt(
             lambda: [{k: v.to(cell.program.compute) for k, v in sums.items()} for cell, sums in pairs],
@@ -361,6 +363,27 @@ class Runner:
         )  # fmt: skip
         for (cell, _), values in zip(pairs, totals, strict=True):
             cell.totals.append(values)
+
+    def _add_shards(self, merged: list[tuple[list[Cell], Values]], cells: list[Cell]) -> None:
+        """Replace sums by those over all shards, by one packed all-reduce.
+
+        A bucket's are packed together: how it is cut into cells depends on what a rank holds of it.
+        """
+        alike: dict[tuple[Bucket, str], list[Values]] = {}
+        for members, sums in merged:
+            for k in sums:
+                alike.setdefault((members[0].bucket, k), []).append(sums)
+        parts = self._attempt(
+            lambda: [
+                (bucket.params[0], torch.cat([sums[k] for sums in every]) if len(every) > 1 else every[0][k])
+                for (bucket, k), every in alike.items()
+            ],
+            None, cells, "the sums",
+        )  # fmt: skip
+        totals = self.layout.reduce(parts) if parts else []  # once: the other ranks wait for this one
+        for ((_, k), every), total in zip(alike.items(), totals, strict=True):
+            for sums, value in zip(every, total.split([sums[k].shape[0] for sums in every]), strict=True):
+                sums[k] = value
 
     def _merge(self, results: list[tuple[Cell, Values]]) -> list[tuple[list[Cell], Values]]:
         """Cells of the same parameters, and their sums."""

@@ -200,7 +200,7 @@ def _live_bytes(one: Kept, shape: tuple[int, ...], count: int, budget: int) -> t
         limit = min(limit, CPU_CHUNK)
     each += 2 * coded * itemsize
     kept = (KEPT_VALUES + hosted) * itemsize * numel
-    if any(technique.whole for technique in one.chain) or (coded and len(shape) == 1):
+    if any(technique.whole for technique in one.chain):
         return each * max(numel, min(limit, count * numel)), 0, kept * count
     row = numel // shape[0] if len(shape) > 1 and shape[0] else 1
     cell = min(count * numel, max(limit, min(numel, row * FOLD)))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from hina_optim.adapters import diagnose_lora_pairing, lokr_stats, lora_stats
+from hina_optim.engine.everything import about_all
 
 if TYPE_CHECKING:
     from hina_optim.engine.bookkeeping import Buckets
@@ -29,6 +30,7 @@ class AdapterReports:
         def _groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
             """From the inspection of rates."""
 
+    @about_all
     def diagnose_lora_pairing(self) -> dict[str, Any]:
         """Which LoRA parameters have their counterpart, group by group.
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from hina_optim import arguments as rule
+from hina_optim.engine.everything import about_all
 from hina_optim.engine.optimizer import HinaOptimizer, ParamsT
 from hina_optim.memory.account import any_rank, as_size, parameter_bytes
 from hina_optim.memory.ladder import LADDER, StateTo, VramReport, optimize_for_vram, relax_vram
@@ -177,6 +178,7 @@ class Family(HinaOptimizer, Inspection, AdapterReports):
                 ", ".join(action["rung"] for action in report["actions"]),
             )  # fmt: skip
 
+    @about_all
     def relax_vram(self, budget_gb: float) -> VramReport:
         """Take back what the ladder of memory did, the last first, as long as ``budget_gb`` (GiB) is kept to.
 

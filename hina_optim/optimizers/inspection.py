@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hina_optim import arguments as rule
 from hina_optim.adapters.roles import find_pairs
+from hina_optim.engine.everything import about_all
 from hina_optim.memory.ladder import VramReport, optimize_for_vram, plan_for_vram, used_bytes
 from hina_optim.memory.probes import GIB, CudaProbe
 from hina_optim.optimizers.rates import LR_MASK, RateInspection, numbers
@@ -94,6 +95,7 @@ class Inspection(RateInspection):
 
     # -- importance and relationships ----------------------------------------------------------------------------------
 
+    @about_all
     def importance_statistics(self) -> dict[str, Tensor]:
         """``importance/<parameter>``: its score, about 1 on average, a 0-d tensor on the device; waits for nothing.
 
@@ -106,11 +108,13 @@ class Inspection(RateInspection):
         scores = torch.stack([score.to(home) for _, score in known])  # a copy: the state goes on changing
         return {f"importance/{name}": score for (name, _), score in zip(known, scores.unbind(), strict=True)}
 
+    @about_all
     def get_importance_analysis(self) -> dict[str, Any]:
         """Statistics of the importance scores, and the parameters that stand out (one deviation from the mean)."""
         names, scores = self._importance()
         return analyze_importance(names, torch.tensor(scores, dtype=torch.float64))
 
+    @about_all
     def get_relationship_summary(self) -> dict[str, Any]:
         """Pairs of parameters that belong together: names, shapes, compatibility and kind, the closest first."""
         known = [(name, p, state) for name, p, state in self._params() if "relation_partners" in state]
@@ -130,6 +134,7 @@ class Inspection(RateInspection):
             relationships = describe_relationships(names, [ParamInfo(s) for s in shapes], partners, found, scores)
         return {"total_relationships": len(relationships), "relationships": relationships}
 
+    @about_all
     def export_importance(self, path: str | Path | None = None, *, rank: int = 8) -> dict[str, Any]:
         """Importance and learning rate multiplier of every parameter, and LoRA ranks in proportion to importance.
 
@@ -168,6 +173,7 @@ class Inspection(RateInspection):
 
     # -- everything, and memory ----------------------------------------------------------------------------------------
 
+    @about_all
     def get_optimization_info(self) -> dict[str, Any]:
         """What is switched on, with which options, and how far the training is."""
         return {
@@ -186,6 +192,7 @@ class Inspection(RateInspection):
             "training_stats": self._training_stats(),
         }
 
+    @about_all
     def get_memory_stats(self) -> dict[str, Any]:
         """Memory in use, and the bytes of state by precision, device and name."""
         pressure, used, budget = self._memory()
@@ -212,6 +219,7 @@ class Inspection(RateInspection):
             stats["cuda_memory"] = {device: CudaProbe(device).read()._asdict() for device in devices}
         return stats
 
+    @about_all
     def get_memory_efficiency_report(self) -> dict[str, Any]:
         """What storing state in few bits saves: bytes held, beside those of the same state in fp32.
 
@@ -249,6 +257,7 @@ class Inspection(RateInspection):
             "states_breakdown": {name: dict(sizes) for name, sizes in breakdown.items()},
         }
 
+    @about_all
     def optimize_for_vram(self, target_vram_gb: float) -> VramReport:
         """Give memory back until at most ``target_vram_gb`` (GiB) is in use, the cheapest in quality first.
 
@@ -260,6 +269,7 @@ class Inspection(RateInspection):
         """
         return optimize_for_vram(self, target_vram_gb)
 
+    @about_all
     def plan_for_vram(self, target_vram_gb: float) -> VramReport:
         """What :meth:`optimize_for_vram` would do. Changes nothing."""
         return plan_for_vram(self, target_vram_gb)

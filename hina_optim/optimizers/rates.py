@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from hina_optim.engine.everything import about_all
 from hina_optim.optimizers.statistics import log_histogram, log_quantiles
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class RateInspection:
         def agree(self, here: bool) -> bool:
             """From the optimizer."""
 
+    @about_all
     def get_effective_lrs(self) -> dict[str, float]:
         """The mean learning rate over all elements of each group, as it is applied, by group name.
 
@@ -77,6 +79,7 @@ class RateInspection:
         means = self._lr_eff()
         return dict(zip(means, numbers(list(means.values())), strict=True))
 
+    @about_all
     def get_avg_learning_rate(self) -> float:
         """The mean effective learning rate over all elements of all groups."""
         sums = self._added(self._lr_sums())
@@ -90,6 +93,7 @@ class RateInspection:
         """The effective learning rate of every group, in their order."""
         return list(self.get_effective_lrs().values())
 
+    @about_all
     def lr_mask_statistics(self) -> dict[str, Tensor]:
         """Effective learning rates and the distribution of the masks; 0-d tensors on the device, waits for nothing.
 
@@ -105,14 +109,18 @@ class RateInspection:
         """
         result = {f"lr_eff/{name}": mean for name, mean in self._lr_eff().items()}
         parts: list[Part] = []
+        agreements: list[tuple[str, Tensor, Tensor | None]] = []
         for name, group in self._groups():
             if group.get("use_lr_mask", False):
                 for params in self._alike(group):
                     counts, total = self._mask_sums(group, params)
                     parts += [(f"counts/{name}", params[0], counts), (f"sum/{name}", params[0], total)]
-                    agreement = self._agreement(params)
-                    if agreement is not None:
-                        parts.append((f"agree/{name}", params[0], agreement))
+                    agreements.append((f"agree/{name}", params[0], self._agreement(params)))
+        # a rank that holds no element may have no gradient: what is added up is decided by all
+        known = self._layout.total(torch.tensor([float(found is not None) for _, _, found in agreements]))
+        for (key, param, found), somewhere in zip(agreements, known.tolist(), strict=True):
+            if somewhere:
+                parts.append((key, param, torch.zeros(2, device=param.device) if found is None else found))
         sums = self._added(parts)
         for name, group in self._groups():
             if f"counts/{name}" not in sums:
@@ -130,6 +138,7 @@ class RateInspection:
                 result[f"sign_agree/{name}"] = agree / signed.clamp(min=1)
         return result
 
+    @about_all
     def get_lr_mask_analysis(self) -> dict[str, Any]:
         """Where the masks stand, for each parameter and altogether, and in which phase the training is."""
         masked = [group for group in self.param_groups if group.get("use_lr_mask", False)]

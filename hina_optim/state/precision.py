@@ -87,7 +87,7 @@ class TensorCodec:
     def encode(self, value: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
         """Cast, with the noise if there is any."""
         if noise is not None:
-            return {"": round_stochastic(value, noise, self.dtype)}
+            return {"": round_stochastic(value.to(torch.float32), noise, self.dtype)}
         return {"": value.to(self.dtype)}
 
 
