@@ -56,7 +56,8 @@ class Simulated(Layout):
 
     def __init__(self, shards: Mapping[Tensor, Shard], zero: Sequence[bool], dimensions: int) -> None:
         self._shards = shards
-        self._some = 1 - torch.tensor(zero, dtype=torch.float32)  # what of each parameter is asked when state is made
+        # what is asked when state is made: whether there is an error, and whether each parameter is not zero
+        self._some = torch.tensor([0.0, *(float(not z) for z in zero)])
         self._dimensions = dimensions  # of the mesh: an agreement goes over each
         self.counts: dict[str, list[int]] = {}
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hina_optim.engine.layout import Layout
+from hina_optim.engine.sizes import nonzero
 
 if TYPE_CHECKING:
     from hina_optim.engine.optimizer import HinaOptimizer
@@ -69,6 +70,9 @@ class Agreement:
         self._optimizer = optimizer
         self._layout = optimizer._layout
         self._trouble: BaseException | None = None
+        #: whether any rank must make buckets, or has no state at all; of this one until :meth:`stepping` has asked all
+        self.needed = False
+        self.blank = False
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
@@ -84,6 +88,16 @@ class Agreement:
             with contextlib.suppress(Exception):
                 yield
 
+    def needs(self, buckets: bool, state: bool) -> None:
+        """Note what is to be made here: buckets, or all of the state."""
+        self.needed, self.blank = buckets, state
+
+    def making_state(self, blank: bool) -> None:
+        """All ranks make their state, without a step."""
+        self.needed = True
+        if self._layout.sharded:
+            self.blank = bool(self._layout.total(torch.tensor([blank], dtype=torch.int64)))
+
     def stepping(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
         """The parameters that have a gradient, the same on all ranks.
 
@@ -95,9 +109,10 @@ class Agreement:
             return [p for p, grad in zip(params, grads, strict=True) if grad is not None]
         flags = [grad is not None for grad in grads]
         options, present = self._digest(), zlib.crc32(bytes(flags)) & MASK
-        marks = [1, self._trouble is not None, options, options**2, present, present**2]
-        ranks, troubled, *sums = self._layout.total(torch.tensor(marks, dtype=torch.int64)).tolist()
+        marks = [1, self._trouble is not None, self.needed, self.blank, options, options**2, present, present**2]
+        ranks, troubled, needed, blank, *sums = self._layout.total(torch.tensor(marks, dtype=torch.int64)).tolist()
         self._raise(bool(troubled))
+        self.needed, self.blank = bool(needed), bool(blank)
         # equal numbers on all ranks, and only those, have a sum of squares that is so small
         options_agree, present_agree = (ranks * squares == total**2 for total, squares in (sums[:2], sums[2:]))
         if not options_agree:
@@ -123,10 +138,21 @@ class Agreement:
             )
         return [p for p, yes in zip(params, have, strict=True) if yes]
 
-    def formed(self, something: bool) -> None:
-        """Raise on all ranks what went wrong on any while state was made, if any was made."""
-        if self._layout.sharded and (something or self._trouble is not None):
-            self._raise(bool(self._layout.total(torch.tensor([self._trouble is not None], dtype=torch.int64))))
+    def zero_everywhere(self, params: Sequence[Tensor]) -> set[Tensor]:
+        """Those of the parameters, the same on all ranks, that have no element but zero on any."""
+        some = torch.zeros(len(params))
+        with self.noting():
+            if params:
+                some = nonzero([self._layout.local(p) for p in params])
+        troubled, *counts = self._layout.total(
+            torch.cat([torch.tensor([float(self._trouble is not None)]), some])
+        ).tolist()
+        self._raise(bool(troubled))
+        return {p for p, count in zip(params, counts, strict=True) if not count}
+
+    def formed(self) -> None:
+        """Raise on all ranks what went wrong on any while state was made."""
+        self._raise(bool(self._layout.total(torch.tensor([self._trouble is not None], dtype=torch.int64))))
 
     def _raise(self, anywhere: bool) -> None:
         if self._trouble is not None:

@@ -21,6 +21,7 @@ from hina_optim.engine import population, sizes
 from hina_optim.engine.agreement import Agreement
 from hina_optim.engine.bucket import KAHAN, SOLO_NUMEL, Bucket, BucketKey, Member
 from hina_optim.engine.identities import Identities
+from hina_optim.engine.loading import check_loaded
 from hina_optim.engine.plan import check_recipe
 from hina_optim.engine.program import Program
 from hina_optim.engine.transfers import HOST
@@ -48,6 +49,7 @@ class Buckets:
         self._alone: set[int] = set()
         self._said: set[str] = set()
         self._formed = False  # whether buckets were made
+        self._zero: set[Tensor] | None = None  # while all ranks make state: the parameters that are zero everywhere
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -67,6 +69,9 @@ class Buckets:
         grads: list[Tensor | None] = [None] * len(params)
         with agreement.noting():
             grads = [self._checked_grad(p) for p in params]
+        if layout.sharded:
+            held = [p for p, grad in zip(params, grads, strict=True) if grad is not None or not layout.local(p).numel()]
+            agreement.needs(self._unhoused(held), not opt.state)
         with_grad = agreement.stepping(params, grads)
         self.ensure_together(with_grad, agreement)
         work = list(dict.fromkeys(self._of[p] for p in with_grad))
@@ -92,11 +97,27 @@ class Buckets:
         return grad
 
     def ensure_together(self, params: Sequence[Tensor], agreement: Agreement) -> None:
-        """:meth:`ensure` on all ranks at once: if one of them cannot make its state, all raise."""
-        self._formed = False
-        with agreement.noting():
+        """:meth:`ensure` on all ranks at once: if one of them cannot make its state, all raise.
+
+        What ranks tell each other here is decided by all: one of them may have lost its state, or been given another.
+        """
+        if not self._optimizer._layout.sharded:
             self.ensure(params)
-        agreement.formed(self._formed)
+            return
+        self._formed = False
+        if agreement.needed:
+            with agreement.noting():
+                if agreement.blank:
+                    self._optimizer.before_state()
+            self._zero = agreement.zero_everywhere(params)
+        try:
+            with agreement.noting():
+                self.ensure(params)
+        finally:
+            self._zero = None
+        # where nobody had to, buckets are only formed again because other parameters have gradients: on all ranks
+        if agreement.needed or self._formed:
+            agreement.formed()
 
     def ensure(self, params: Sequence[Tensor]) -> None:
         """Give every one of ``params`` a bucket that holds it, and only parameters of ``params``."""
@@ -109,22 +130,31 @@ class Buckets:
             if bucket is not None:
                 hits[bucket] = hits.get(bucket, 0) + 1
         for bucket, count in hits.items():
-            key = bucket.key
-            made_for = (key.local_shape, key.dtype, key.device)
-            changed = any((w.shape, w.dtype, w.device) != made_for for w in bucket.weights())
             if count != bucket.size:
                 left = [m for m in bucket.members if m.param not in wanted]
                 self._alone.update(m.position for m in left if state.get(m.param) is m.state)
-            if changed or count != bucket.size or not bucket.views_hold(state):
+            if count != bucket.size or not self._is_sound(bucket):
                 self._drop(bucket)
         homeless = [p for p in params if p not in self._of]
         if homeless:
-            if not state:
+            if not state and self._zero is None:
                 self._optimizer.before_state()
             self._drop_stale()
             self._formed = True
             self._form(homeless)
             self._form_waiting()
+
+    def _is_sound(self, bucket: Bucket) -> bool:
+        """Whether parameters and state still are what a bucket was built of."""
+        made_for = (bucket.key.local_shape, bucket.key.dtype, bucket.key.device)
+        if any((w.shape, w.dtype, w.device) != made_for for w in bucket.weights()):
+            return False
+        return bucket.views_hold(self._optimizer.state)
+
+    def _unhoused(self, params: Sequence[Tensor]) -> bool:
+        """Whether any of these parameters has no bucket, or one that no longer holds."""
+        buckets = {self._of.get(p) for p in params}
+        return any(bucket is None or not self._is_sound(bucket) for bucket in buckets)
 
     def program(self, bucket: Bucket) -> Program:
         """The bucket's segments for its next step."""
@@ -189,7 +219,10 @@ class Buckets:
         members = self.identities.members(params)
         recipes: dict[tuple[int, ParamInfo, torch.dtype], tuple[tuple[Technique, ...], tuple[Slot, ...]]] = {}
         groups: dict[BucketKey, list[Member]] = {}
-        zero = self._zero_params([m for g, m in members if not m.state])
+        if self._zero is None:
+            zero = self._zero_params([m for _, m in members if not m.state])
+        else:
+            zero = {m.position for _, m in members if m.param in self._zero}
         layout = self._optimizer._layout
         for g, m in members:
             kind = g, m.info, m.param.dtype
@@ -332,51 +365,8 @@ class Buckets:
     def check_loaded(
         self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
     ) -> dict[Tensor, set[str]]:
-        """Check that loaded state is what the recipes of the loaded groups keep.
-
-        Returns:
-            For every parameter the names of what belongs into host memory.
-
-        Raises:
-            ValueError: It is not.
-        """
-        hosted: dict[Tensor, set[str]] = {}
-        opt = self._optimizer
-        owner = type(opt).__name__
-        for g, m in self.identities.members(list(state)):
-            group = {**opt.group(g), **groups[g]}
-            entry = state[m.param]
-            local = tuple(opt._layout.local(m.param).shape)
-            known = {"step", "skipped"}
-            for slot in self._recipe(group, m.info, m.param.dtype)[1]:
-                codec = codec_for(slot, Storage.of(group), m.param.dtype, m.info.shape)
-                for suffix, dtype in codec.parts.items():
-                    part = slot.name + suffix
-                    known.add(part)
-                    have = entry.get(part)
-                    if Storage.of(group).hosts(slot):
-                        hosted.setdefault(m.param, set()).add(part)
-                    if not isinstance(have, Tensor):
-                        raise ValueError(
-                            f"{owner}: the state of {m.name} lacks {part!r}: the checkpoint is truncated, or "
-                            f"another optimizer's."
-                        )
-                    zero = slot.constant and have.ndim == 0
-                    shape = codec.part_shape(suffix, () if zero else slot.local_shape(local))
-                    if tuple(have.shape) != shape:
-                        raise ValueError(
-                            f"{owner}: the state {part!r} of {m.name} has shape {tuple(have.shape)}, expected "
-                            f"{shape}: another model."
-                        )
-                    if have.dtype != dtype:
-                        self._say(f"loaded {part} of {m.name} as {have.dtype}; it will be kept as {dtype}")
-            unknown = sorted(set(entry) - known)
-            if unknown:
-                raise ValueError(
-                    f"{owner}: the state of {m.name} has {', '.join(unknown)}, which this optimizer does not "
-                    f"keep: another optimizer's checkpoint."
-                )
-        return hosted
+        """See :func:`hina_optim.engine.loading.check_loaded`."""
+        return check_loaded(self._optimizer, groups, state)
 
     def clear(self) -> None:
         """Let go of all buckets and the memory that they hold."""

@@ -320,7 +320,7 @@ class HinaOptimizer(Housing, torch.optim.Optimizer):
         return self._loss
 
     def before_state(self) -> None:
-        """Called once before any state is allocated; an optimizer with a memory budget checks it here."""
+        """Called once before any state is allocated, by all ranks; an optimizer with a memory budget checks it here."""
 
     def agree(self, here: bool) -> bool:
         """Whether it is so on any rank: what one must do, all do."""
@@ -333,7 +333,9 @@ class HinaOptimizer(Housing, torch.optim.Optimizer):
         with torch.no_grad():
             self.settle_layout()
             params = [p for _, _, p in self._buckets.identities.places() if p.requires_grad]
-            self._buckets.ensure_together(params, Agreement(self))
+            agreement = Agreement(self)
+            agreement.making_state(not self.state)
+            self._buckets.ensure_together(params, agreement)
 
     def bind_layout(self, layout: Layout) -> None:
         """Tell where the elements of sharded parameters lie. To be called before the first step.

@@ -116,9 +116,10 @@ class RateInspection:
                     counts, total = self._mask_sums(group, params)
                     parts += [(f"counts/{name}", params[0], counts), (f"sum/{name}", params[0], total)]
                     agreements.append((f"agree/{name}", params[0], self._agreement(params)))
-        # a rank that holds no element may have no gradient: what is added up is decided by all
-        known = self._layout.total(torch.tensor([float(found is not None) for _, _, found in agreements]))
-        for (key, param, found), somewhere in zip(agreements, known.tolist(), strict=True):
+        here = [found is not None for _, _, found in agreements]
+        if self._layout.sharded:  # a rank that holds no element may have no gradient: all decide what is added up
+            here = [count > 0 for count in self._layout.total(torch.tensor(here, dtype=torch.float32)).tolist()]
+        for (key, param, found), somewhere in zip(agreements, here, strict=True):
             if somewhere:
                 parts.append((key, param, torch.zeros(2, device=param.device) if found is None else found))
         sums = self._added(parts)
@@ -234,7 +235,7 @@ class RateInspection:
             state = Decoded(self._buckets, p, self.state.get(p, {}))
             factor: Tensor | float = 1.0
             for one in self._buckets.techniques(p):
-                factor = factor * one.rate_factor(here, state)
+                factor = factor * self._factor(one, p, state)
             if isinstance(factor, Tensor):
                 # a factor of fewer elements than the parameter stands for all that it broadcasts to
                 weight = factor.sum(dtype=torch.float32).to(home) * (here.numel() / max(1, factor.numel()))
@@ -245,6 +246,17 @@ class RateInspection:
         lr = group["lr"]
         total = torch.stack(weights).sum() * (lr.to(home).reshape(()) if isinstance(lr, Tensor) else lr)
         return torch.stack([total, torch.full_like(total, float(count))])
+
+    def _factor(self, one: Technique, p: Tensor, state: Mapping[str, Tensor]) -> Tensor | float:
+        """What a technique puts on the rates of the elements that are here."""
+        here = self._layout.local(p)
+        if not (one.rate_of_whole and self._layout.sharded):
+            return one.rate_factor(here, state)
+        (complete,) = self._layout.gather([(p, here.unsqueeze(0))])
+        factor = one.rate_factor(complete[0], state)
+        if not isinstance(factor, Tensor):
+            return factor
+        return self._layout.take(p, factor.expand(complete.shape[1:]).unsqueeze(0))[0]
 
     def _lr_eff(self) -> dict[str, Tensor]:
         return {name: total / count for name, (total, count) in self._added(self._lr_sums()).items()}

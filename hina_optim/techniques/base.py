@@ -267,6 +267,7 @@ class Technique:
             shard) instead of ``[N, *info.shape]``.
         by_rows: True if it uses :class:`ByRow`, :class:`ByColumn`, :meth:`Flow.over_rows` or
             :meth:`Flow.over_columns`: large parameters are then cut between rows.
+        rate_of_whole: True if :meth:`rate_factor` needs the complete parameter.
         reads_loss: True if :meth:`transform`, :meth:`sums` or :meth:`settle` read ``flow.scalars["loss"]``: ``[N]``,
             equal numbers, the loss that was reported for this step, NaN where none was.
         needs_index: True if ``flow["index"]`` is read in steps that do not measure, too.
@@ -284,6 +285,7 @@ class Technique:
     whole: ClassVar[tuple[str, ...]] = ()
     whole_is_small: ClassVar[bool] = False
     by_rows: ClassVar[bool] = False
+    rate_of_whole: ClassVar[bool] = False
     reads_loss: ClassVar[bool] = False
     needs_index: ClassVar[bool] = False
     window: tuple[int, int | None] = (0, None)
@@ -345,7 +347,7 @@ class Technique:
         """The factor that it puts on the learning rate as things stand; for reports, not for the step.
 
         Args:
-            param: One parameter (or the part of it that is here).
+            param: One parameter; of a sharded one the part that is here, or all of it where ``rate_of_whole``.
             state: Its state, as :meth:`transform` sees it but without the batch dimension; empty before the first step.
 
         Returns:

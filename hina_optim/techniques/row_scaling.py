@@ -41,6 +41,7 @@ class RowScaling(Technique):
     sums_over: ClassVar[frozenset[str]] = frozenset({"param"})
     settles: ClassVar[frozenset[str]] = frozenset({"rate"})
     by_rows: ClassVar[bool] = True
+    rate_of_whole: ClassVar[bool] = True
 
     def __init__(self, eta: float = 2.0) -> None:
         arguments.check("RowScaling", "eta", eta, arguments.POSITIVE)
