@@ -29,11 +29,12 @@ MOVED := $(shell test ! -e $(BASE) || test "$$(cat $(BASE))" = "$(CURDIR)" || { 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint types format bench clean distclean
+.PHONY: help demo test test-sharded check lint types format bench clean distclean
 
 help:
 	@echo "make demo     fine-tune a small language model with HinaAdaptive, beside AdamW; resumes when interrupted"
 	@echo "make test     all tests that need no GPU               (ARGS=\"-k name\" selects)"
+	@echo "make test-sharded    every optimizer on every engine, in 2 and 4 processes, with a table of the results"
 	@echo "make check    lint, format and types"
 	@echo "make format   put the code into the house's format and repair what ruff can"
 	@echo "make bench    time, memory and operators of a step beside torch's AdamW and others  (ARGS=\"--quick\", --help)"
@@ -44,12 +45,16 @@ demo: $(DEMO)
 	@$(PY) examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 # One thread for each worker: more would contend for the same cores.
-test: export OMP_NUM_THREADS := 1
-test: export MKL_NUM_THREADS := 1
-test: export MPLBACKEND := Agg
-test: export TOKENIZERS_PARALLELISM := false
+test test-sharded: export OMP_NUM_THREADS := 1
+test test-sharded: export MKL_NUM_THREADS := 1
+test test-sharded: export MPLBACKEND := Agg
+test test-sharded: export TOKENIZERS_PARALLELISM := false
 test: $(DEV)
-	@$(PY) -m pytest -n $(WORKERS) --durations=10 $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --durations=10 -m "not sharded" $(ARGS)
+
+# What `make test` runs a diagonal of.
+test-sharded: $(DEV)
+	@$(PY) -m pytest -n $(WORKERS) --durations=10 -m sharded $(ARGS)
 
 check: lint types
 

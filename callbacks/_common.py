@@ -1,4 +1,4 @@
-"""What the callbacks share: finding optimizers, the logging step, and one host sync for many numbers.
+"""What the callbacks share: finding optimizers of a trainer, the logging step, and giving numbers to its loggers.
 
 The only private attribute of the trainer that is used is in :func:`step_index`.
 """
@@ -6,45 +6,23 @@ The only private attribute of the trainer that is used is in :func:`step_index`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
-from torch.optim import Optimizer
+
+from hina_lightning.statistics import Found, find_with
+from hina_optim.unwrapping import unwrap_optimizer
 
 __all__ = [
     "Cadence",
     "Found",
     "find_optimizers",
-    "group_names",
-    "host_values",
     "log_values",
     "require_logger",
     "step_index",
     "unwrap_optimizer",
 ]
-
-
-class Found(NamedTuple):
-    """An optimizer that has what a callback needs.
-
-    Attributes:
-        optimizer: The optimizer itself, outside every wrapper.
-        suffix: What follows its groups' names in metrics: nothing for the first optimizer of the trainer, then ``-1``,
-            ``-2``, as in Lightning's LearningRateMonitor.
-    """
-
-    optimizer: Any
-    suffix: str
-
-
-def unwrap_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of Lightning, Accelerate and DeepSpeed."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def find_optimizers(trainer: Trainer, callback: Callback, methods: Sequence[str]) -> list[Found]:
@@ -53,15 +31,10 @@ def find_optimizers(trainer: Trainer, callback: Callback, methods: Sequence[str]
     Raises:
         MisconfigurationException: None of them has; says what is needed.
     """
-    optimizers = [unwrap_optimizer(optimizer) for optimizer in trainer.optimizers]
-    found = [
-        Found(optimizer, f"-{index}" if index else "")
-        for index, optimizer in enumerate(optimizers)
-        if all(callable(getattr(optimizer, method, None)) for method in methods)
-    ]
+    found = find_with(trainer.optimizers, methods)
     if not found:
         needed = " and ".join(f"{method}()" for method in methods)
-        present = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "none"
+        present = ", ".join(type(unwrap_optimizer(one)).__name__ for one in trainer.optimizers) or "none"
         raise MisconfigurationException(
             f"{type(callback).__name__} needs an optimizer with {needed}, such as hina_optim.HinaAdaptive; the "
             f"trainer's optimizers: {present}."
@@ -125,23 +98,6 @@ def step_index(trainer: Trainer) -> int:
     """The step under which Lightning logs what belongs to the present batch, in a fit."""
     index: int = trainer.fit_loop.epoch_loop._batches_that_stepped
     return index
-
-
-def group_names(optimizer: Any) -> list[str]:
-    """What the groups of an optimizer are called in metrics: their option ``name``, else ``group<i>``."""
-    return [str(group.get("name") or f"group{i}") for i, group in enumerate(optimizer.param_groups)]
-
-
-def host_values(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Device numbers on the host, with one wait for the device, however many they are.
-
-    Args:
-        values: Tensors of one element, all on one device, or on the CPU.
-    """
-    if not values:
-        return {}
-    numbers = torch.stack([value.detach().reshape(()).float() for value in values.values()]).tolist()
-    return dict(zip(values, numbers, strict=True))
 
 
 def log_values(trainer: Trainer, values: Mapping[str, float], step: int) -> None:

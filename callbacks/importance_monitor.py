@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from hina_lightning.callbacks import _common as common
 from hina_lightning.groups import clean_name
+from hina_lightning.statistics import importance_by_block, importance_scores
 from hina_optim import arguments as rule
 from hina_optim.optimizers.statistics import rank_pattern
 
@@ -104,7 +103,7 @@ class ImportanceMonitor(Callback):
 
     def blocks(self) -> dict[str, float]:
         """Mean of :attr:`scores` by block."""
-        return _mean_by((block_of(name, self.depth), score) for name, score in self.scores.items())
+        return importance_by_block(self.scores, self.depth)
 
     def summary(self, count: int = 5) -> dict[str, Any]:
         """The parameters that matter most and least, of the last reading.
@@ -124,26 +123,4 @@ class ImportanceMonitor(Callback):
         return common.find_optimizers(trainer, self, ["importance_statistics"])
 
     def _read(self, trainer: Trainer) -> None:
-        statistics: dict[str, Tensor] = {}
-        for optimizer, suffix in self._find(trainer):
-            for key, value in optimizer.importance_statistics().items():
-                name = key.removeprefix("importance/")
-                statistics[f"optimizer{suffix}.{name}" if name in statistics else name] = value
-        self.scores = common.host_values(statistics)
-
-
-def block_of(name: str, depth: int | None) -> str:
-    """The block of a parameter: the first ``depth`` parts of its name, or all up to the first number, or its module."""
-    parts = name.split(".")
-    if depth is None:
-        first_number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        depth = max(len(parts) - 1, 1) if first_number is None else first_number + 1
-    return ".".join(parts[:depth])
-
-
-def _mean_by(values: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Mean by key, keys in the order in which they come."""
-    gathered: dict[str, list[float]] = {}
-    for key, value in values:
-        gathered.setdefault(key, []).append(value)
-    return {key: sum(found) / len(found) for key, found in gathered.items()}
+        self.scores = importance_scores(self._find(trainer))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from hina_lightning.callbacks import _common as common
+from hina_lightning.statistics import learning_rates
 from hina_optim import arguments as rule
 
 __all__ = ["LRMaskMonitor"]
@@ -61,24 +60,7 @@ class LRMaskMonitor(Callback):
             if found is stepping:
                 step = self._cadence.due(trainer, who)
                 if step is not None:
-                    common.log_values(trainer, _rates(found, suffix), step)
+                    common.log_values(trainer, learning_rates(found, suffix), step)
 
     def _find(self, trainer: Trainer) -> list[common.Found]:
         return common.find_optimizers(trainer, self, ["lr_mask_statistics"])
-
-
-def _rates(optimizer: Any, suffix: str) -> dict[str, float]:
-    names = common.group_names(optimizer)
-    rates = {
-        f"lr/{name}{suffix}": float(group["lr"]) for name, group in zip(names, optimizer.param_groups, strict=True)
-    }
-    statistics = common.host_values(optimizer.lr_mask_statistics())
-    return rates | {_with_suffix(key, suffix): value for key, value in statistics.items()}
-
-
-def _with_suffix(key: str, suffix: str) -> str:
-    """A key with the suffix behind the group, whose name may have slashes of its own."""
-    if key.startswith("lr_mask/"):
-        group, _, statistic = key.rpartition("/")
-        return f"{group}{suffix}/{statistic}"
-    return key + suffix

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from hina_lightning.callbacks import _common as common
-from hina_lightning.callbacks.importance_monitor import block_of
 from hina_lightning.groups import clean_name
+from hina_lightning.statistics import block_of
 from hina_optim import arguments as rule
 from hina_optim.adapters import role_of
 from hina_optim.evaluation import Hadamard, Kronecker, adapter_weights

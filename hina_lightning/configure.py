@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 import hina_optim
 from hina_lightning.groups import ParameterGroup, group_parameters
 from hina_lightning.schedules import SCHEDULES, Schedule, ScheduleLR, ScheduleName
+from hina_lightning.sharding.shapes import complete_shapes
 from hina_optim import arguments as rule
 
 __all__ = ["OptimizerLike", "configure_optimizers"]
@@ -125,7 +126,9 @@ def configure_optimizers(
         rule.check(_OWNER, "lr", lr, rule.NON_NEGATIVE)
 
     build = _builder(optimizer, preset, lr, weight_decay, arguments)
-    groups = group_parameters(module, lr_multipliers=lr_multipliers, lora_ratio=lora_ratio, roles=roles)
+    groups = group_parameters(
+        module, lr_multipliers=lr_multipliers, lora_ratio=lora_ratio, roles=roles, shapes=_engine_shapes(module)
+    )
     built = build(_options(groups, build, lr, weight_decay))
     if lora_ratio is not None:
         _refuse_second_ratio(built, lora_ratio)
@@ -247,10 +250,7 @@ def _schedule(
 def _estimated_steps(module: nn.Module) -> int:
     """Optimizer steps of the whole training, from the trainer."""
     remedy = "Give total_steps, or use schedule='constant' with a warm-up in steps, or schedule=None."
-    try:
-        trainer: Any = getattr(module, "trainer", None)
-    except RuntimeError:  # a LightningModule without a trainer
-        trainer = None
+    trainer = _trainer_of(module)
     if trainer is None:
         raise ValueError(f"{_OWNER}: {type(module).__name__} has no trainer to tell the number of steps. {remedy}")
     if trainer.limit_train_batches == 0:  # of which Lightning makes an endless training, although there is none
@@ -259,3 +259,29 @@ def _estimated_steps(module: nn.Module) -> int:
     if steps == math.inf or steps < 0:
         raise ValueError(f"{_OWNER}: the training is endless (no max_steps, and no end of epochs known). {remedy}")
     return max(int(steps), 1)
+
+
+def _engine_shapes(module: nn.Module) -> dict[nn.Parameter, tuple[int, ...]]:
+    """Shapes of parameters that the trainer's engine has cut; from now on it will tell our optimizers where they are.
+
+    FSDPStrategy wraps the module before it asks for optimizers, DeepSpeedStrategy afterwards.
+    """
+    trainer = _trainer_of(module)
+    strategy = getattr(trainer, "strategy", None)
+    if strategy is None:
+        return complete_shapes(module)
+    # here, not above: scripts that use no Lightning call this, too
+    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+
+    from hina_lightning.callbacks.layout_binding import LayoutBinding
+
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        LayoutBinding.add_to(trainer)
+    return complete_shapes(strategy.model or module)
+
+
+def _trainer_of(module: nn.Module) -> Any:
+    try:
+        return getattr(module, "trainer", None)
+    except RuntimeError:  # a LightningModule without a trainer
+        return None

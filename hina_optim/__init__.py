@@ -31,6 +31,7 @@ from hina_optim.optimizers import (
 )
 from hina_optim.registry import create_optimizer, get_optimizer_info, list_optimizers, list_presets
 from hina_optim.techniques.strategies import MomentumStrategy, RegularizationStrategy
+from hina_optim.unwrapping import unwrap_optimizer
 
 __version__ = "0.1.0"
 
@@ -69,4 +70,5 @@ __all__ = [
     "get_optimizer_info",
     "list_optimizers",
     "list_presets",
+    "unwrap_optimizer",
 ]

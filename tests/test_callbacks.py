@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from hina_lightning import configure_optimizers
 from hina_lightning.callbacks import ImportanceMonitor, LRMaskMonitor
-from hina_lightning.callbacks.importance_monitor import block_of
+from hina_lightning.statistics import block_of
 
 MASK = ("mean", "p05", "p50", "p95", "at_min", "at_max")
 

@@ -63,6 +63,7 @@ def group_parameters(
     lr_multipliers: Mapping[str, float] | None = None,
     lora_ratio: float | None = None,
     roles: Mapping[str, float] | None = None,
+    shapes: Mapping[nn.Parameter, tuple[int, ...]] | None = None,
 ) -> list[ParameterGroup]:
     r"""Sort the trainable parameters of a module into groups.
 
@@ -79,6 +80,7 @@ def group_parameters(
         roles: ``{role: factor}``, factor > 0 for the learning rate of all parameters of a role of
             :data:`~hina_optim.adapters.roles.ROLES`, or of all that begin like it: ``"lokr_w2"`` is the whole factor
             and both halves, ``"loha"`` all of LoHa. Where two fit, the narrower one decides.
+        shapes: Complete shapes of parameters that an engine has cut and that do not tell theirs any more.
 
     Returns:
         The groups, in a fixed order: without multiplier first, then in the order of ``lr_multipliers``.
@@ -100,7 +102,7 @@ def group_parameters(
     """
     what = type(module).__name__
     sorter = Sorter("group_parameters", what, lr_multipliers=lr_multipliers, lora_ratio=lora_ratio, roles=roles)
-    groups = sorter.sort(named_of(module), normalization_parameters(module))
+    groups = sorter.sort(named_of(module), normalization_parameters(module), shapes=shapes)
     sorter.finish()
     return groups
 
@@ -146,7 +148,12 @@ class Sorter:
         self._names: list[tuple[str, bool]] = []
 
     def sort(
-        self, named: Named, normalization: frozenset[int] = frozenset(), *, by_decay: bool = True
+        self,
+        named: Named,
+        normalization: frozenset[int] = frozenset(),
+        *,
+        by_decay: bool = True,
+        shapes: Mapping[nn.Parameter, tuple[int, ...]] | None = None,
     ) -> list[ParameterGroup]:
         """Groups of the trainable ones among some parameters; none is empty.
 
@@ -154,6 +161,7 @@ class Sorter:
             named: Names and parameters.
             normalization: Identities, used within this call only, of parameters that do not decay.
             by_decay: False where none of them decays anyhow, so that they need no groups of their own.
+            shapes: As for :func:`group_parameters`.
 
         Returns:
             The groups: without multiplier first, then in the order of the multipliers, by name within each.
@@ -163,9 +171,10 @@ class Sorter:
             self._names += [(name, parameter.requires_grad) for name in names]
             if not parameter.requires_grad:
                 continue
-            role = role_of(names[0], parameter.shape)
+            shape = (shapes or {}).get(parameter, tuple(parameter.shape))
+            role = role_of(names[0], shape)
             is_bias = names[0].rpartition(".")[2] == "bias"
-            decays = parameter.ndim > 1 and not is_bias and id(parameter) not in normalization
+            decays = len(shape) > 1 and not is_bias and id(parameter) not in normalization
             decays = not by_decay or (decays and role != "lora_magnitude")
             base, factor, order = "decay" if decays else "no_decay", 1.0, 0
             if role is not None:

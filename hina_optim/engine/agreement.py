@@ -54,7 +54,7 @@ def check_partitions(optimizer: HinaOptimizer) -> None:
     built = optimizer._buckets.identities.shapes()
     for g, group in optimizer.indexed_groups():
         now, then = [tuple(p.shape) for p in group["params"]], built.get(g, [])
-        if len(now) == 1 and len(now[0]) == 1 and then and now != then and (len(then) > 1 or len(then[0]) != 1):
+        if len(now) == 1 and len(now[0]) == 1 and then and now != then:
             raise RuntimeError(
                 f"{type(optimizer).__name__}: group {g} was built with {len(then)} parameters and holds one vector of "
                 f"{now[0][0]} elements now: an engine (DeepSpeed ZeRO) has laid them end to end, which hides their "

@@ -121,6 +121,8 @@ class Buckets:
 
     def ensure(self, params: Sequence[Tensor]) -> None:
         """Give every one of ``params`` a bucket that holds it, and only parameters of ``params``."""
+        if not params:
+            return
         self._optimizer.settle_layout()
         self._check_options()
         wanted, state = set(params), self._optimizer.state

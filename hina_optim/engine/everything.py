@@ -20,17 +20,17 @@ S = TypeVar("S")
 @contextlib.contextmanager
 def whole_groups(optimizer: HinaOptimizer) -> Iterator[None]:
     """Within this, groups hold what they are made of: ZeRO-3 leaves them empty but for the moment of their step."""
-    empty = []
+    shown = []
     for g, group in optimizer.indexed_groups():
-        holders = [] if group["params"] else optimizer._layout.holders(g)
+        holders = optimizer._layout.holders(g)
         if holders:
-            empty.append(group)
+            shown.append((group, group["params"]))
             group["params"] = holders
     try:
         yield
     finally:
-        for group in empty:
-            group["params"] = []
+        for group, params in shown:
+            group["params"] = params
 
 
 def about_all(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hina_optim.engine.axes import Axis, all_sums
-from hina_optim.engine.layout import Layout, Shard
+from hina_optim.engine.layout import Layout, Shape, Shard
 
 __all__ = ["FlatLayout", "Fragment"]
 
@@ -97,6 +97,10 @@ class FlatLayout(Layout):
         """The fragments in the tensors of a group, in the order of the parameters."""
         keys = [key for holder in group["params"] for key in self._held.get(holder, ())]
         return sorted(keys, key=lambda key: self.fragments[key].position)
+
+    def known(self) -> dict[int, tuple[str, Shape]]:
+        """Those of all fragments: ZeRO-3 steps one sub-group at a time."""
+        return {f.position: (f.name, f.shard.shape) for f in self.fragments.values()}
 
     def holders(self, group: int) -> list[Tensor]:
         """The flat tensors of a group."""

@@ -11,22 +11,13 @@ from torch import Tensor
 from hina_optim.adapters.inference import infer_roles
 from hina_optim.adapters.roles import find_adapters, find_pairs, role_of
 from hina_optim.engine.bucket import Member
+from hina_optim.state.names import plain_name
 from hina_optim.techniques.base import ParamInfo
 
 if TYPE_CHECKING:
     from hina_optim.engine.optimizer import HinaOptimizer
 
-__all__ = ["Identities", "plain_name"]
-
-#: What wrappers of modules put into the names of parameters.
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name in the model that was wrapped, the same under every engine."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
+__all__ = ["Identities"]
 
 
 class Identities:
@@ -118,6 +109,8 @@ class Identities:
 
         Parameters of a group whose list is empty are remembered: ZeRO empties all other groups while it steps one.
         """
+        every = self._optimizer._layout.known().items()
+        present = {at: (self.aliases.get(at, name), shape) for at, (name, shape) in every} | present
         full = {position >> 24 for position in present}
         self._known = {at: what for at, what in self._known.items() if at >> 24 not in full} | present
         positions = list(self._known)

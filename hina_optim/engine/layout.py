@@ -31,6 +31,10 @@ class Layout:
         found: Sequence[Tensor] = group["params"]
         return found
 
+    def known(self) -> dict[int, tuple[str, Shape]]:
+        """Position → name and global shape of all parameters, where an engine shows the optimizer a part of them."""
+        return {}
+
     def holders(self, group: int) -> list[Tensor]:
         """The tensors that a group is made of, where an engine takes them out of it between its steps."""
         return []

@@ -18,7 +18,7 @@ from hina_optim import arguments as rule
 from hina_optim.engine.agreement import Agreement, check_partitions, settled
 from hina_optim.engine.bookkeeping import Buckets
 from hina_optim.engine.bucket import Bucket
-from hina_optim.engine.everything import about_all
+from hina_optim.engine.everything import about_all, whole_groups
 from hina_optim.engine.exhaustion import before_any_change
 from hina_optim.engine.housing import Housing
 from hina_optim.engine.layout import Layout
@@ -374,6 +374,10 @@ class HinaOptimizer(Housing, torch.optim.Optimizer):
         result["state"] = {k: checkpoint.unstacked(state) for k, state in result["state"].items()}
         result["hina"] = checkpoint.describe(self)
         return result
+
+    def whole_groups(self) -> contextlib.AbstractContextManager[None]:
+        """Within this, groups hold what they are made of, also where an engine leaves them empty between its steps."""
+        return whole_groups(self)
 
     @contextlib.contextmanager
     def _as_the_engine_sees(self) -> Iterator[None]:

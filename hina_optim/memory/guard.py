@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.optim import Optimizer
 
 from hina_optim import arguments as rule
 from hina_optim.engine.exhaustion import is_out_of_memory
@@ -19,8 +18,9 @@ from hina_optim.memory.account import expected_bytes, most_of_ranks, used_bytes
 from hina_optim.memory.ladder import LADDER, SwitchOff, optimize_for_vram, plan_for_vram
 from hina_optim.memory.planning import plan_of
 from hina_optim.memory.probes import GIB, MemoryReading, Probe, probe_for
+from hina_optim.unwrapping import unwrap_optimizer
 
-__all__ = ["MemoryGuard", "innermost"]
+__all__ = ["MemoryGuard"]
 
 _METHODS = ("optimize_for_vram", "plan_for_vram")
 
@@ -144,7 +144,7 @@ class MemoryGuard:
         Raises:
             ValueError: None of them offers ``optimize_for_vram()``, or there is no probe for the device.
         """
-        inner = [innermost(optimizer) for optimizer in optimizers]
+        inner = [unwrap_optimizer(optimizer) for optimizer in optimizers]
         self.optimizers = [o for o in inner if all(callable(getattr(o, method, None)) for method in _METHODS)]
         if not self.optimizers:
             present = ", ".join(type(o).__name__ for o in inner) or "none"
@@ -318,13 +318,6 @@ class MemoryGuard:
             needed = max(0, needed - (report["used_bytes_before"] - report["used_bytes_after"]))
             reports.append({"optimizer": type(optimizer).__name__, **_plain(report)})
         return reports
-
-
-def innermost(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of Lightning, Accelerate and DeepSpeed."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def _described(optimizer: Any) -> list[str]:

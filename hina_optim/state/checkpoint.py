@@ -70,7 +70,8 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
     for key, value in optimizer.described().items():
         if about.get(key, value) != value:
             raise ValueError(f"{owner}: the checkpoint was saved with {key} {about[key]}, this optimizer has {value}.")
-    optimizer.settle_layout()
+    if any(saved["state"].values()):  # accelerate loads nothing, before anyone can say where the parameters lie
+        optimizer.settle_layout()
     indices, order = _match(optimizer, saved, about)
     params = [p for _, _, p in optimizer._buckets.identities.places()]
     names = optimizer.param_names()

@@ -6,16 +6,18 @@ own shape, and how many collectives a step took.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
 
 import hina_optim
 from tests.every_optimizer import LR, loss_of, make
@@ -55,12 +57,14 @@ FLAT: dict[str, tuple[int, ...]] = {
     "zero2": (2, 4),
     "zero3": (2, 4),
 }
-FLAT_TOLERANCE = {**TOLERANCE, "8bit": (3e-2, 1.0, 1.0)}
+FLAT_TOLERANCE = {**TOLERANCE, "8bit": (3e-2, 0.1, 0.0)}
 
 
 def kinds_of(engine: str) -> list[str]:
-    """The kinds of state that an engine is run with."""
-    return [kind for kind in KINDS if engine not in FLAT or KINDS[kind][0] == torch.float32]
+    """The kinds of state that an engine is run with; float64 shows the mathematics where that may differ."""
+    if engine in FLAT:
+        return [kind for kind in KINDS if KINDS[kind][0] == torch.float32]
+    return [kind for kind in KINDS if kind != "fp64" or engine in ("fsdp2", "fsdp2 last", "fsdp2 tp", "tp")]
 
 
 Whole = dict[str, Tensor]
@@ -119,6 +123,35 @@ def made(name: str, named: Any, kind: str) -> Any:
     return make(name, named, **options)
 
 
+COLLECTIVES = (
+    *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single"),
+    *("broadcast", "broadcast_object_list", "reduce", "reduce_scatter", "reduce_scatter_tensor", "gather", "scatter"),
+    *("gather_object", "barrier", "send", "recv"),
+)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Count calls of torch.distributed by name; torch's own CommDebugMode makes a step slow."""
+    counts: dict[str, int] = {}
+    before = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def counting(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return function(*args, **kwargs)
+
+        return call
+
+    try:
+        for name, function in before.items():
+            setattr(dist, name, counting(name, function))
+        yield counts
+    finally:
+        for name, function in before.items():
+            setattr(dist, name, function)
+
+
 def train(built: Built, name: str, kind: str, steps: int = STEPS) -> tuple[Any, dict[str, int]]:
     """Train with known gradients; the optimizer, and what the counted step called."""
     optimizer = made(name, built.named, kind)
@@ -127,9 +160,8 @@ def train(built: Built, name: str, kind: str, steps: int = STEPS) -> tuple[Any, 
         built.give(gradients(built.shapes, step))
         optimizer.report_loss(loss_of(step))
         if step == COUNTED:
-            with CommDebugMode() as mode:
+            with counted() as counts:
                 optimizer.step()
-            counts = {str(op).rpartition(".")[2]: n for op, n in mode.get_comm_counts().items()}
         else:
             optimizer.step()
     return optimizer, counts
@@ -220,11 +252,13 @@ def run_cells(engine: str, size: int, names: Sequence[str], kinds: Sequence[str]
     """
     shapes = build("one").shapes
     order = [(name, kind) for kind in kinds for name in names]
-    if engine in FLAT:  # once here, not in every fork
-        importlib.import_module("tests.sharded_state_cases")
-    if engine.startswith("zero"):
-        importlib.import_module("deepspeed")
-    ranks = run(rank_main, size, engine, names, kinds, limit=60.0 + 20.0 * len(order))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if engine in FLAT:  # once here, not in every fork
+            importlib.import_module("tests.sharded_state_cases")
+        if engine.startswith("zero"):
+            importlib.import_module("deepspeed")
+    ranks = run(rank_main, size, engine, names, kinds, limit=120.0 + 60.0 * len(order))
     results = {}
     for i, (name, kind) in enumerate(order):
         expected, clear, start = alone(name, kind)

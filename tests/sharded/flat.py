@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import io
 import logging
 import os
@@ -51,8 +52,14 @@ def numbered(model: nn.Module) -> nn.Module:
     return model
 
 
+def load_deepspeed() -> None:
+    """Import what DeepSpeed imports at its first initialization: once in the test's process, not in every fork."""
+    no_compiling()
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")  # seconds: it compiles with torch
+
+
 def no_compiling() -> None:
-    """Keep DeepSpeed from compiling an all-reduce through shared memory: that takes minutes, and inference alone uses it."""
+    """Keep DeepSpeed from compiling an all-reduce through shared memory: minutes, for what inference alone uses."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

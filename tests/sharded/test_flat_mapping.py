@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import hina_optim
 from hina_lightning.sharding import deepspeed, fsdp1
 from hina_optim.engine.fragments import Fragment
 from hina_optim.engine.optimizer import HinaOptimizer
-from tests.sharded.flat import Layered, initialized, numbered, wrapped
+from tests.sharded.flat import Layered, initialized, load_deepspeed, numbered, wrapped
 from tests.sharded.world import run
 
 BF16: dict[str, Any] = {"bf16": {"enabled": True}}
@@ -90,7 +89,7 @@ def read_zero(rank: int, way: str) -> list[Pieces]:
 
 @pytest.mark.parametrize(("size", "way"), [(2, "one group"), (4, "three named groups"), (2, "two groups, backwards")])
 def test_every_element_is_where_zero_put_it(size: int, way: str) -> None:
-    pytest.importorskip("deepspeed")  # once here, not in every fork
+    load_deepspeed()
     ranks = run(read_zero, size, way)
     for case, (_, stage, _) in enumerate(ZERO):
         pieces = [rank[case] for rank in ranks]
@@ -102,24 +101,26 @@ def test_every_element_is_where_zero_put_it(size: int, way: str) -> None:
             assert any(start % rows for start, _ in (one["first.weight"] for one in pieces))
 
 
-def read_frozen(rank: int, stage: int, named: bool) -> list[tuple[str, int]]:
-    model = numbered(Layered())
-    model.first.weight.requires_grad_(False)
-    model.layer.lora_A["default"].weight.requires_grad_(False)
-    params: Any = list(model.named_parameters()) if named else list(model.parameters())
-    optimizer = hina_optim.HinaAdaptive(params)
-    zero = initialized(model, optimizer, stage).optimizer
-    return [(f.name, f.position) for f in deepspeed.fragments(zero, optimizer)]
+def read_frozen(rank: int) -> list[list[tuple[str, int]]]:
+    results = []
+    for stage in (2, 3):
+        for named in (True, False):
+            model = numbered(Layered())
+            model.first.weight.requires_grad_(False)
+            model.layer.lora_A["default"].weight.requires_grad_(False)
+            params: Any = list(model.named_parameters()) if named else list(model.parameters())
+            optimizer = hina_optim.HinaAdaptive(params)
+            zero = initialized(model, optimizer, stage).optimizer
+            results.append([(f.name, f.position) for f in deepspeed.fragments(zero, optimizer)])
+    return results
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_places_count_what_is_frozen(stage: int) -> None:
-    pytest.importorskip("deepspeed")
+def test_places_count_what_is_frozen() -> None:
+    load_deepspeed()
     names = [name for name, _ in Layered().named_parameters()]
     trained = [(n, i) for i, n in enumerate(names) if n not in ("first.weight", "layer.lora_A.default.weight")]
-    assert run(read_frozen, 2, stage, True) == [trained] * 2
     # the two factors have 7 elements each, in other shapes: shapes alone tell them, too
-    assert run(read_frozen, 2, stage, False) == [trained] * 2
+    assert run(read_frozen, 2) == [[trained] * 4] * 2
 
 
 def read_fsdp1(rank: int, way: str) -> None:
@@ -147,5 +148,4 @@ def read_fsdp1(rank: int, way: str) -> None:
 
 @pytest.mark.parametrize(("size", "way"), [(2, "one group"), (4, "three named groups")])
 def test_every_element_is_where_fsdp1_put_it(size: int, way: str) -> None:
-    importlib.import_module("torch.distributed.fsdp")
     run(read_fsdp1, size, way)

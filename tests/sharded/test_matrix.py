@@ -50,7 +50,7 @@ def check(
 #: Every optimizer, engine and kind at least once.
 DIAGONAL = [
     ("ddp", 2, ["Automagic_CameAMP_Improved_8Bit"], ["bf16 weights", "8bit"]),
-    ("fsdp2", 2, ["HinaAdaptive", "Automagic_CameAMP_Improved"], ["fp64", "fp32"]),
+    ("fsdp2", 2, ["HinaAdaptive", "Automagic_CameAMP_Improved"], ["fp32"]),
     ("fsdp2", 4, ["Automagic_CameAMP_COptim8bit"], ["8bit"]),
     ("fsdp2 last", 2, ["HinaAdaptive"], ["fp64"]),
     ("fsdp2 offload", 2, ["HinaAdamWOptimizer"], ["bf16"]),

@@ -6,6 +6,7 @@ not join is an error of gloo, whose words no test here accepts.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from hina_optim import HinaAdaptive
+from hina_optim.engine import bookkeeping
 from hina_optim.engine.optimizer import HinaOptimizer
 from tests.optim_cases import EVERYTHING
 from tests.sharded.engines import Built, build, gradients, joined, plain, same_bits
@@ -190,6 +192,99 @@ def other_order(rank: int, step: int, built: Built, optimizer: HinaOptimizer) ->
 
 def test_parameters_in_another_order_on_one_rank() -> None:
     refused("fsdp2", 2, other_order, "differ between the ranks")
+
+
+# -- what one rank does alone ----------------------------------------------------------------------------------------
+
+
+def loads(rank: int, optimizer: HinaOptimizer) -> None:
+    if rank == 1:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def saves(rank: int, optimizer: HinaOptimizer) -> None:
+    if rank == 0:
+        optimizer.state_dict()
+
+
+def moves(rank: int, optimizer: HinaOptimizer) -> None:
+    if rank == 1:  # as a framework does that puts state on a device
+        for state in optimizer.state.values():
+            state["exp_avg"] = state["exp_avg"].clone()
+
+
+def alone_between(rank: int, engine: str, act: Callable[[int, HinaOptimizer], None] | None) -> Any:
+    built = build(engine)
+    optimizer = HinaAdaptive(built.named, lr=3e-4)
+    for step in range(5):
+        if step in (1, 3) and act is not None:
+            act(rank, optimizer)
+        built.give(gradients(built.shapes, step))
+        optimizer.step()
+    return built.pieces()
+
+
+@pytest.mark.parametrize("act", [loads, saves, moves], ids=lambda act: act.__name__)
+def test_what_one_rank_does_alone_changes_nothing(act: Callable[[int, HinaOptimizer], None]) -> None:
+    shapes = build("one").shapes
+    expected = joined(run(alone_between, 2, "fsdp2", None), shapes)
+    found = joined(run(alone_between, 2, "fsdp2", act, limit=60.0), shapes)
+    for name in shapes:
+        assert same_bits(found[name], expected[name]), name
+
+
+def lost_state(rank: int, step: int, built: Built, optimizer: HinaOptimizer) -> None:
+    if rank == 1 and not step:  # nothing to lose yet
+        optimizer.param_groups[0]["lr"] *= 2
+    elif rank == 1:
+        del optimizer.state[dict(built.named)["up.base_layer.weight"]]
+
+
+@pytest.mark.parametrize(("engine", "size"), [("fsdp2", 2), pytest.param("fsdp2 tp", 4, marks=pytest.mark.sharded)])
+def test_state_that_one_rank_has_lost(engine: str, size: int) -> None:
+    refused(engine, size, lost_state, "differ")
+
+
+def without_room(rank: int, engine: str) -> tuple[list[str], Any]:
+    """Memory runs out while the state of one rank is allocated, and is there when the step is taken again."""
+    built = build(engine)
+    optimizer = HinaAdaptive(built.named, lr=1e-3)
+    made, errors = bookkeeping.Bucket, []
+
+    def fails(*args: Any) -> None:
+        raise MemoryError("no room for state")
+
+    for step in range(LAST):
+        built.give(gradients(built.shapes, step))
+        if rank == 1 and step == 0:
+            bookkeeping.Bucket = fails  # type: ignore[assignment, misc]
+            with pytest.raises(torch.OutOfMemoryError, match="no room for state") as own:
+                optimizer.step()
+            bookkeeping.Bucket = made  # type: ignore[misc]
+            errors.append(str(own.value))
+        elif step == 0:
+            with pytest.raises(RuntimeError, match="another rank cannot take this step") as other:
+                optimizer.step()
+            errors.append(str(other.value))
+        optimizer.step()
+    return errors, built.pieces()
+
+
+@pytest.mark.parametrize(("engine", "size"), [("fsdp2", 2), pytest.param("fsdp2 tp", 4, marks=pytest.mark.sharded)])
+def test_state_that_one_rank_has_no_room_for(engine: str, size: int) -> None:
+    """All say so; the step can be taken again, and the training is the same."""
+    shapes = build("one").shapes
+    built = build("one")
+    optimizer = HinaAdaptive(built.named, lr=1e-3)
+    for step in range(LAST):
+        built.give(gradients(built.shapes, step))
+        optimizer.step()
+    expected = joined([built.pieces()], shapes)
+    ranks = run(without_room, size, engine, limit=60.0)
+    assert all(len(errors) == 1 for errors, _ in ranks)
+    found = joined([pieces for _, pieces in ranks], shapes)
+    for name in shapes:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
 
 
 # -- what is not finite ----------------------------------------------------------------------------------------------

@@ -1,0 +1,196 @@
+"""What has to be read for one parameter, and what is made of it where it is stored otherwise than it was saved."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hina_optim.state.blockwise import BlockCodec
+from hina_optim.state.conversion import converted
+from hina_optim.state.portable import COUNTERS, Metadata, codec_of, form_of, slots_of
+from hina_optim.state.precision import Codec, Storage, TensorCodec, codec_for
+from hina_optim.state.regions import Box, block_boxes, covering_scales, decode_elements, numel, whole
+
+if TYPE_CHECKING:
+    from hina_optim.engine.bucket import Member
+    from hina_optim.engine.optimizer import HinaOptimizer
+    from hina_optim.state.slot import Slot
+
+__all__ = ["Job", "Read", "Receiver"]
+
+HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Read:
+    """Boxes of a stored tensor that are wanted, flat and in this order.
+
+    Attributes:
+        key: As in :class:`~hina_optim.state.portable.Piece`.
+        shape: Of the whole tensor.
+        dtype: As it was saved.
+        boxes: Which parts of it.
+        device: Where they go.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    boxes: tuple[Box, ...]
+    device: torch.device
+
+    @property
+    def numel(self) -> int:
+        """Elements in all boxes."""
+        return sum(numel(size) for _, size in self.boxes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all boxes."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Job:
+    """One slot of one parameter: what to read for it, and what to make of that.
+
+    Attributes:
+        param: The key in the optimizer's state.
+        reads: What is needed.
+        build: What was read → the stored tensors here, by name.
+    """
+
+    param: Tensor
+    reads: tuple[Read, ...]
+    build: Callable[[Sequence[Tensor]], dict[str, Tensor]]
+
+
+@dataclass
+class Receiver:
+    """Plans what one parameter gets.
+
+    Attributes:
+        owner: What the optimizer is called in errors.
+        jobs: What is planned is added here.
+        conversions: How state is stored that was saved otherwise, and how often, is counted here.
+        options: Of the parameter's group, as they will be.
+        member: The parameter here.
+        entry: The parameter in the metadata.
+        name: Its name here.
+        optimizer: Whose it is.
+    """
+
+    owner: str
+    jobs: list[Job]
+    conversions: Counter[tuple[str, str]]
+    options: dict[str, Any]
+    member: Member
+    entry: Metadata
+    name: str
+    optimizer: HinaOptimizer
+
+    def plan(self) -> None:
+        """Add a job for each slot and counter.
+
+        Raises:
+            ValueError: Other slots were saved than are kept here.
+        """
+        slots = {slot.name: slot for slot in slots_of(self.optimizer, self.options, self.member)}
+        saved = self.entry["slots"]
+        for words, odd in (("lacks", set(slots) - set(saved)), ("also has", set(saved) - set(slots))):
+            if odd:
+                raise ValueError(
+                    f"{self.owner}: the saved state of {self.name} {words} {', '.join(sorted(odd))}: it is of an "
+                    "optimizer with other techniques."
+                )
+        for part in COUNTERS:
+            device = HOST if part == "step" else self.member.param.device
+            self._add((Read(self._key(part), (), torch.float32, whole(()), device),), part)
+        for name, slot in slots.items():
+            self._slot(name, slot, saved[name])
+
+    def _key(self, part: str) -> str:
+        return f"{self.entry['name']}/{part}"
+
+    def _add(self, reads: tuple[Read, ...], part: str, shape: tuple[int, ...] = ()) -> None:
+        self.jobs.append(Job(self.member.param, reads, lambda values: {part: values[0].view(shape)}))
+
+    def _slot(self, name: str, slot: Slot, form: Metadata) -> None:
+        param = self.member.param
+        storage = Storage.of(self.options)
+        target = codec_for(slot, storage, param.dtype, self.member.info.shape)
+        home = HOST if storage.hosts(slot) else param.device
+        if form == {"form": "zero"}:
+            if not slot.constant:
+                raise ValueError(f"{self.owner}: {name} of {self.name} is saved as one zero, which it cannot be.")
+            zero = torch.zeros((), dtype=target.parts[""], device=param.device)
+            self.jobs.append(Job(param, (), lambda _: {name: zero}))
+            return
+        source = codec_of({key: value for key, value in form.items() if key not in ("shape", "decoded")})
+        shape = None if slot.shape == "like" else list(slot.shape)
+        if form.get("shape") != shape:
+            raise ValueError(
+                f"{self.owner}: {name} of {self.name} was saved with shape {form.get('shape', 'of the parameter')}, "
+                f"expected {shape or 'that of the parameter'}."
+            )
+        if slot.shape != "like":
+            self._fixed(name, slot.shape, source, target)
+        else:
+            self._like(name, source, target, home)
+        old, new = _words(form), _words(form_of(target))
+        if old != new:
+            self.conversions[old, new] += 1
+
+    def _fixed(self, name: str, shape: tuple[int, ...], source: Codec, target: Codec) -> None:
+        device = self.member.param.device
+        read = Read(self._key(name), shape, source.parts[""], whole(shape), device)
+        dtype = target.parts[""]
+        self.jobs.append(Job(self.member.param, (read,), lambda values: {name: values[0].to(dtype).view(shape)}))
+
+    def _like(self, name: str, source: Codec, target: Codec, home: torch.device) -> None:
+        param, shard = self.member.param, self.member.shard
+        local = tuple(self.optimizer._layout.local(param).shape)
+        boxes = tuple(shard.boxes())
+        if shard.slices is not None and isinstance(target, BlockCodec) and block_boxes(shard, local, target) is None:
+            raise ValueError(
+                f"{self.owner}: {self.name} {shard.shape} is cut between columns, {local} here, which cuts the blocks "
+                f"of {target.block} elements in which 8 bits store {name!r}: give its group state_precision='bf16', or "
+                "shard it along dimension 0."
+            )
+
+        def read(codec: Codec, suffix: str, boxes: tuple[Box, ...]) -> Read:
+            shape = codec.part_shape(suffix, shard.shape)
+            return Read(self._key(name + suffix), shape, codec.parts[suffix], boxes, home)
+
+        reads = [read(source, "", boxes)]
+        fits = True
+        if isinstance(source, BlockCodec):
+            scales = block_boxes(shard, local, source)
+            fits = scales is not None
+            reads.append(read(source, "_scale", covering_scales(shard, source) if scales is None else scales))
+        direct = fits and form_of(source) == form_of(target)
+
+        def build(values: Sequence[Tensor]) -> dict[str, Tensor]:
+            if isinstance(source, BlockCodec) and not fits:
+                old: Codec = TensorCodec(source.compute, source.compute)
+                stored = {"": decode_elements(shard, source, values[0], values[1]).view(1, *local)}
+            else:
+                old = source
+                shapes = {suffix: source.part_shape(suffix, local) for suffix in source.parts}
+                stored = {s: v.view(1, *shapes[s]) for s, v in zip(source.parts, values, strict=True)}
+            parts = stored if direct else converted(old, target, stored, local)
+            return {name + suffix: part[0] for suffix, part in parts.items()}
+
+        self.jobs.append(Job(param, tuple(reads), build))
+
+
+def _words(form: Metadata) -> str:
+    """How state of a form is called."""
+    if "decoded" in form:
+        return f"decoded {_words(form['decoded'])}"
+    return {"blocks": "8-bit blocks", "levels": "8-bit levels"}.get(form["form"]) or str(form["dtype"])

@@ -1,0 +1,308 @@
+"""Optimizer state that belongs to no engine and no number of ranks: pieces of whole tensors, by name of the parameter.
+
+:func:`export` says what an optimizer holds: *metadata* of plain values, equal on all ranks, and *pieces*, each a box of
+the tensor that one process with everything whole would store. :func:`hina_optim.state.receiving.receiving` checks
+metadata against an optimizer and says which boxes it needs; whoever stores the pieces reads those and hands them over.
+
+A number is saved as it is stored. The exception is 8-bit state with a scale for each block, where a flat partition cuts
+a block on any rank: there the decoded values are saved, and encoded again when they are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hina_optim.state.blockwise import BlockCodec, LogCodec
+from hina_optim.state.names import plain_name
+from hina_optim.state.plain import dtype_named, to_plain
+from hina_optim.state.precision import Codec, Storage, TensorCodec, codec_for
+from hina_optim.state.regions import Box, block_boxes, whole
+from hina_optim.state.slot import Slot
+
+if TYPE_CHECKING:
+    from hina_optim.engine.bucket import Member
+    from hina_optim.engine.optimizer import HinaOptimizer
+
+__all__ = [
+    "COUNTERS",
+    "VERSION",
+    "Agree",
+    "Piece",
+    "codec_of",
+    "export",
+    "form_of",
+    "members",
+    "names_of",
+    "slots_of",
+]
+
+VERSION = 1
+#: Numbers that every parameter with state has, beside the slots of its techniques; float32.
+COUNTERS = ("step", "skipped")
+#: Flags → those of them that are set on all ranks. Called by all ranks, with as many flags.
+Agree = Callable[[list[bool]], list[bool]]
+Metadata = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a stored tensor that is on this rank.
+
+    Attributes:
+        key: Name of the parameter, a slash, and name of the stored tensor.
+        shape: Of the whole tensor.
+        dtype: As it is saved.
+        boxes: Which parts of it are here, in the order of their elements.
+        read: Gives them, flat, when they are written: what has to be decoded first is so only then.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    boxes: tuple[Box, ...]
+    read: Callable[[], Tensor]
+
+
+def export(
+    optimizer: HinaOptimizer, agree: Agree | None = None, model: nn.Module | None = None
+) -> tuple[Metadata, list[Piece]]:
+    """What an optimizer holds, apart from how it lies.
+
+    Args:
+        optimizer: Any, sharded or not.
+        agree: How its ranks agree; None for one process.
+        model: Gives parameters their names if the optimizer was given none.
+
+    Returns:
+        Metadata for JSON, and the pieces that are on this rank. They share the state's memory: to be read before the
+        next step.
+
+    Raises:
+        ValueError: An option cannot be saved, or two parameters have one name.
+    """
+    with optimizer.whole_groups():
+        return _export(optimizer, agree, model)
+
+
+def _export(optimizer: HinaOptimizer, agree: Agree | None, model: nn.Module | None) -> tuple[Metadata, list[Piece]]:
+    optimizer.settle_layout()
+    optimizer._buckets.conform()
+    optimizer.wait_for_state()
+    every = members(optimizer)
+    names, named = names_of(optimizer, every, model)
+    found = [_Held(optimizer, g, member) for g, member in every]
+    flags = [flag for one in found for flag in one.flags()]
+    agreed = iter(agree(flags) if agree else flags)
+    params, pieces = [], []
+    for name, one in zip(names, found, strict=True):
+        one.settle(agreed)
+        params.append({"name": name, **one.described()})
+        pieces += one.pieces(name)
+    who = optimizer._buckets.identities
+    told = who.told_names() if who.aliases else []
+    for at, entry in enumerate(params):
+        if told and ".inferred" in told[at]:
+            entry["told"] = told[at]
+    for at in optimizer._buckets.alone():
+        params[at]["alone"] = True
+    metadata = {
+        "version": VERSION,
+        "optimizer": type(optimizer).__name__,
+        "named": named,
+        "described": to_plain(optimizer.described(), "described()"),
+        "groups": _groups(optimizer, every),
+        "params": params,
+    }
+    return metadata, pieces
+
+
+def members(optimizer: HinaOptimizer) -> list[tuple[int, Member]]:
+    """All parameters with the index of their group, in order."""
+    who = optimizer._buckets.identities
+    return who.members([p for _, _, p in who.places()])
+
+
+def slots_of(optimizer: HinaOptimizer, group: dict[str, Any], member: Member) -> tuple[Slot, ...]:
+    """What the techniques of a group remember of a parameter."""
+    return optimizer._buckets._recipe(group, member.info, member.param.dtype)[1]
+
+
+def names_of(
+    optimizer: HinaOptimizer, every: Sequence[tuple[int, Member]], model: nn.Module | None
+) -> tuple[list[str], bool]:
+    """A name for every parameter, without those of wrappers; and whether they are names, or places in the groups.
+
+    Raises:
+        ValueError: Two parameters have one name.
+    """
+    names = [plain_name(member.name) for _, member in every]
+    named = all(known is not None for known in optimizer._names)
+    if not named:
+        named = all(optimizer._layout.name(member.param) is not None for _, member in every)
+    if not named and model is not None:
+        of = {id(p): plain_name(name) for name, p in model.named_parameters()}
+        told = [of.get(id(member.param)) for _, member in every]
+        if any(name is None for name in told):
+            raise ValueError(
+                f"{type(optimizer).__name__}: {names[told.index(None)]} is no parameter of the model that was given "
+                "for the names: give the model whose parameters the optimizer steps."
+            )
+        names, named = [name for name in told if name is not None], True
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(
+            f"{type(optimizer).__name__}: two parameters are both {twice[0]!r} once the names that wrappers give are "
+            "taken off; rename the module."
+        )
+    return names, named
+
+
+def _groups(optimizer: HinaOptimizer, every: Sequence[tuple[int, Member]]) -> list[Metadata]:
+    groups = []
+    for g, group in optimizer.indexed_groups():
+        where = f"{type(optimizer).__name__}: option {{}} of group {group.get('name', g)}"
+        groups.append(
+            {
+                "params": [at for at, (index, _) in enumerate(every) if index == g],
+                "options": {
+                    key: to_plain(value, where.format(key))
+                    for key, value in group.items()
+                    if key not in ("params", "param_names")
+                },
+            }
+        )
+    return groups
+
+
+class _Held:
+    """What a rank holds of one parameter's state."""
+
+    def __init__(self, optimizer: HinaOptimizer, g: int, member: Member) -> None:
+        self._layout = optimizer._layout
+        self._buckets = optimizer._buckets
+        self._member = member
+        group = optimizer.group(g)
+        self._slots = {slot.name: slot for slot in slots_of(optimizer, group, member)}
+        storage = Storage.of(group)
+        self._codecs = {
+            name: codec_for(slot, storage, member.param.dtype, member.info.shape) for name, slot in self._slots.items()
+        }
+        self._local_shape = tuple(self._layout.local(member.param).shape)
+        self._kept = bool(member.state)
+        self._zero: dict[str, bool] = {}
+        self._blocks: dict[str, bool] = {}
+
+    def flags(self) -> list[bool]:
+        """What is so if it is so on all ranks: no state, a slot that is one zero, blocks that are the parameter's."""
+        state = self._member.state
+        for name, slot in self._slots.items():
+            value = state.get(name)
+            self._zero[name] = slot.constant and bool(self._member.info.shape) and (value is None or value.ndim == 0)
+            codec = self._codecs[name]
+            if isinstance(codec, BlockCodec):
+                self._blocks[name] = block_boxes(self._member.shard, self._local_shape, codec) is not None
+        return [not self._kept, *self._zero.values(), *self._blocks.values()]
+
+    def settle(self, agreed: Any) -> None:
+        """Take the flags back, in the same order."""
+        self._kept = not next(agreed)
+        self._zero = {name: next(agreed) for name in self._zero}
+        self._blocks = {name: next(agreed) for name in self._blocks}
+
+    def described(self) -> Metadata:
+        """Shape, dtype, and how each slot is stored; without ``slots`` if there is no state."""
+        about: Metadata = {
+            "shape": list(self._member.info.shape),
+            "dtype": str(self._member.param.dtype).removeprefix("torch."),
+        }
+        if self._kept:
+            about["slots"] = {name: self._form(name) for name in self._slots}
+        return about
+
+    def _form(self, name: str) -> Metadata:
+        slot, codec = self._slots[name], self._codecs[name]
+        if self._zero[name]:
+            return {"form": "zero"}
+        if not self._blocks.get(name, True):
+            return {**form_of(TensorCodec(codec.compute, codec.compute)), "decoded": form_of(codec)}
+        form = form_of(codec)
+        return form if slot.shape == "like" else {**form, "shape": list(slot.shape)}
+
+    def pieces(self, name: str) -> list[Piece]:
+        """The stored tensors of a parameter called ``name``."""
+        if not self._kept or not self._member.state:
+            return []
+        found = [self._whole(f"{name}/{part}", part, torch.float32) for part in COUNTERS]
+        for slot_name, slot in self._slots.items():
+            codec = self._codecs[slot_name]
+            if self._zero[slot_name]:
+                continue
+            if slot.shape != "like":
+                found.append(self._whole(f"{name}/{slot_name}", slot_name, codec.parts[""]))
+            elif not self._blocks.get(slot_name, True):
+                read = self._decoder(slot_name)
+                shard = self._member.shard
+                found.append(Piece(f"{name}/{slot_name}", shard.shape, codec.compute, tuple(shard.boxes()), read))
+            else:
+                found += [self._part(name, slot_name, suffix) for suffix in codec.parts]
+        return found
+
+    def _whole(self, key: str, part: str, dtype: torch.dtype) -> Piece:
+        shape = tuple(self._member.state[part].shape)
+        return Piece(key, shape, dtype, whole(shape), self._reader(part))
+
+    def _part(self, name: str, slot_name: str, suffix: str) -> Piece:
+        shard, codec, part = self._member.shard, self._codecs[slot_name], slot_name + suffix
+        boxes: tuple[Box, ...] | None = tuple(shard.boxes())
+        if suffix and isinstance(codec, BlockCodec):
+            boxes = block_boxes(shard, self._local_shape, codec)
+        assert boxes is not None  # it was agreed that blocks fit
+        shape = codec.part_shape(suffix, shard.shape)
+        return Piece(f"{name}/{part}", shape, codec.parts[suffix], boxes, self._reader(part))
+
+    def _reader(self, part: str) -> Callable[[], Tensor]:
+        member, layout = self._member, self._layout
+        return lambda: layout.unwrap(member.param, member.state[part]).detach().reshape(-1)
+
+    def _decoder(self, slot_name: str) -> Callable[[], Tensor]:
+        def read() -> Tensor:
+            value = self._buckets.decoded(self._member.param, slot_name)
+            assert value is not None  # the parameter has state
+            return value.reshape(-1)
+
+        return read
+
+
+def form_of(codec: Codec) -> Metadata:
+    """A codec in plain values."""
+    if isinstance(codec, TensorCodec):
+        return {"form": "tensor", "dtype": str(codec.dtype).removeprefix("torch.")}
+    compute = str(codec.compute).removeprefix("torch.")
+    if isinstance(codec, BlockCodec):
+        return {"form": "blocks", "signed": codec.signed, "block": codec.block, "compute": compute}
+    if isinstance(codec, LogCodec):
+        ends = {"low": float(codec.low), "start": float(codec.start), "high": float(codec.high)}
+        return {"form": "levels", **ends, "compute": compute}
+    raise ValueError(f"{type(codec).__name__} has no portable form: a checkpoint cannot hold what it stores.")
+
+
+def codec_of(form: Mapping[str, Any]) -> Codec:
+    """What reads state of a form.
+
+    Raises:
+        ValueError: There is no such form.
+    """
+    match form:
+        case {"form": "tensor", "dtype": name}:
+            dtype = dtype_named(name)
+            return TensorCodec(dtype, torch.float64 if dtype == torch.float64 else torch.float32)
+        case {"form": "blocks", "signed": bool(signed), "block": int(block), "compute": name} if block > 0:
+            return BlockCodec(signed, block, compute=dtype_named(name))
+        case {"form": "levels", "low": float(low), "start": float(start), "high": float(high), "compute": name}:
+            return LogCodec(low, start, high, compute=dtype_named(name))
+    raise ValueError(f"{str(dict(form))[:120]} is no form in which state is stored.")
