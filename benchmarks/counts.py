@@ -34,7 +34,8 @@ TOLERANCES = {
     "measuring_calls": 0.0,  # of the first step, in which everything is measured, state being there
     "waits": 0.0,  # operators that would keep the host waiting for a device
     "reductions": 0.0,  # collectives of an ordinary step, if parameters are sharded
-    "gathers": 0.0,  # complete values that are gathered then
+    "gathers": 0.0,  # times that complete values are gathered then
+    "agreements": 0.0,  # exchanges on the host then
     "segments": 0.0,  # of all buckets together
     "moved_bytes": 0.01,  # read and written by all operators together
     "temporary_bytes": 0.01,  # in tensors alive at once

@@ -150,9 +150,25 @@ class Agreement:
         self._raise(bool(troubled))
         return {p for p, count in zip(params, counts, strict=True) if not count}
 
-    def formed(self) -> None:
-        """Raise on all ranks what went wrong on any while state was made."""
-        self._raise(bool(self._layout.total(torch.tensor([self._trouble is not None], dtype=torch.int64))))
+    def formed(self, buckets: str) -> None:
+        """After state was made: raise on all ranks what went wrong on any.
+
+        Args:
+            buckets: What the buckets are, in words that must be the same on all ranks.
+
+        Raises:
+            RuntimeError: A rank could not make its state, or has lost what the others have.
+        """
+        digest = zlib.crc32(buckets.encode()) & MASK
+        marks = torch.tensor([self._trouble is not None, 1, digest, digest**2], dtype=torch.int64)
+        troubled, ranks, total, squares = self._layout.total(marks).tolist()
+        self._raise(bool(troubled))
+        if ranks * squares != total**2:
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__}: the state of the same parameters differs between the ranks (their "
+                "steps, or which of them have any): a rank has lost state, or was given another. Load the last "
+                "checkpoint on all of them. No weight has changed."
+            )
 
     def _raise(self, anywhere: bool) -> None:
         if self._trouble is not None:

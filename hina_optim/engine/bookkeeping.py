@@ -110,14 +110,24 @@ class Buckets:
                 if agreement.blank:
                     self._optimizer.before_state()
             self._zero = agreement.zero_everywhere(params)
+        blank = [p for p in params if not self._optimizer.state.get(p)]
         try:
             with agreement.noting():
                 self.ensure(params)
+            # where nobody had to, buckets are only formed again because other parameters have gradients: on all ranks
+            if agreement.needed or self._formed:
+                buckets = dict.fromkeys(self._of[p] for p in params if p in self._of)
+                agreement.formed(
+                    repr([([m.position for m in b.members], b.step, sorted(b.key.zero_anchors)) for b in buckets])
+                )
+        except BaseException:
+            for p in blank:  # what all ranks make when they try again
+                if p in self._of:
+                    self._drop(self._of[p])
+                self._optimizer.state.pop(p, None)
+            raise
         finally:
             self._zero = None
-        # where nobody had to, buckets are only formed again because other parameters have gradients: on all ranks
-        if agreement.needed or self._formed:
-            agreement.formed()
 
     def ensure(self, params: Sequence[Tensor]) -> None:
         """Give every one of ``params`` a bucket that holds it, and only parameters of ``params``."""

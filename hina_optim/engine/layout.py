@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hina_optim.state.shard import Shape, Shard
@@ -49,7 +50,7 @@ class Layout:
 
     def local(self, param: Tensor) -> Tensor:
         """The elements that are here, as a plain tensor that shares their memory."""
-        return param.detach()
+        return param.detach() if torch.is_grad_enabled() else param
 
     def grad(self, param: Tensor) -> Tensor | None:
         """Their gradient, plain; None where there is none."""

@@ -22,7 +22,7 @@ from hina_optim.techniques.base import ParamInfo, Technique
 if TYPE_CHECKING:
     from hina_optim.engine.optimizer import HinaOptimizer
 
-__all__ = ["Kept", "Part", "kept", "nonzero", "state_bytes", "temporary_bytes", "zero_positions"]
+__all__ = ["Kept", "Part", "kept", "nonzero", "state_bytes", "temporary_bytes", "zero_here", "zero_positions"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,13 @@ def zero_positions(params: Iterable[tuple[int, Tensor]]) -> set[int]:
     return {position for (position, _), x in zip(seen, some, strict=True) if not x}
 
 
+def zero_here(optimizer: HinaOptimizer) -> set[int]:
+    """Positions of the parameters that are zero in all elements that are here."""
+    optimizer.settle_layout()
+    places = optimizer._buckets.identities.places()
+    return zero_positions((position, optimizer._layout.local(p)) for position, _, p in places)
+
+
 def nonzero(tensors: Sequence[Tensor]) -> Tensor:
     """Whether each of them has an element that is not zero, 1 or 0: float32 ``[P]`` on the host, by one wait.
 
@@ -133,7 +140,8 @@ def kept(
     params = [p for _, _, p in buckets.identities.places() if p.requires_grad or p in optimizer.state]
     members = buckets.identities.members(params)
     if zero is None:
-        zero = buckets._zero_params([m for _, m in members if not m.state])
+        # sharded, of all of them: the ranks exchange a number for each, and one may lack state that the others have
+        zero = buckets._zero_params([m for _, m in members if layout.sharded or not m.state])
     empty = set(zero)
     recipes: dict[tuple[int, ParamInfo, torch.dtype], tuple[tuple[Technique, ...], tuple[Slot, ...]]] = {}
     transfers = optimizer._transfers

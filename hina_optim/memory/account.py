@@ -72,7 +72,8 @@ def pending_bytes(optimizer: Saver) -> int:
     """State that the first step will allocate; 0 once there is any."""
     if optimizer.state_bytes():
         return 0
-    return sizes.state_bytes(sizes.kept(optimizer), on_device=True)  # type: ignore[arg-type]
+    # of what is here, without asking other ranks: one of them may have its state already
+    return sizes.state_bytes(sizes.kept(optimizer, zero=sizes.zero_here(optimizer)), on_device=True)  # type: ignore[arg-type]
 
 
 def expected_bytes(optimizer: Saver) -> int:

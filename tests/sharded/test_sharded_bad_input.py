@@ -58,8 +58,8 @@ def spoiled(rank: int, engine: str, spoil: Spoil) -> list[tuple[str, list[str]]]
             if step != when:
                 optimizer.step()
                 continue
-            before = snapshot(built, optimizer)
             spoil(rank, step, built, optimizer)
+            before = snapshot(built, optimizer)
             try:
                 optimizer.step()
             except Exception as raised:
