@@ -1,5 +1,6 @@
 """Probes and the ladder of memory: predictions against measurements, on the CPU, in this very process."""
 
+import gc
 import logging
 import math
 import sys
@@ -69,6 +70,7 @@ def test_scripted_probe_repeats_its_last_reading():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is resident now")
 def test_process_probe_sees_memory_come_and_go():
+    gc.collect()  # what other tests have left must not go in between
     probe = ProcessProbe(limit_gb=512.0)
     before = probe.read()
     assert before.limit_bytes == 512 * GIB

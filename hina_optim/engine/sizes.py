@@ -108,12 +108,13 @@ def zero_here(optimizer: HinaOptimizer) -> set[int]:
 def nonzero(tensors: Sequence[Tensor]) -> Tensor:
     """Whether each of them has an element that is not zero, 1 or 0: float32 ``[P]`` on the host, by one wait.
 
-    What is on the meta device counts as not zero.
+    What has no memory (the meta device) counts as not zero.
     """
-    if tensors[0].device.type == "meta":
-        return torch.ones(len(tensors))
     home = tensors[0].device
-    return torch.stack([x.detach().any().to(home) for x in tensors]).cpu().float()
+    try:
+        return torch.stack([x.detach().any().to(home) for x in tensors]).cpu().float()
+    except NotImplementedError:
+        return torch.ones(len(tensors))
 
 
 def kept(
