@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hina_optim.state import codebooks
+from tests.sharded.table import pytest_terminal_summary  # noqa: F401 (a hook: the table of the matrix)
 
 
 def pytest_configure(config: pytest.Config) -> None:

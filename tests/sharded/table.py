@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 CELL = "cell"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "sharded: the whole matrix of engines; make test-sharded runs it")
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     cells: dict[str, dict[str, dict[str, str]]] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
