@@ -113,7 +113,7 @@ class Buckets:
         blank = [p for p in params if not self._optimizer.state.get(p)]
         try:
             with agreement.noting():
-                self.ensure(params)
+                self.ensure(params, sound=not agreement.needed)
             # where nobody had to, buckets are only formed again because other parameters have gradients: on all ranks
             if agreement.needed or self._formed:
                 buckets = dict.fromkeys(self._of[p] for p in params if p in self._of)
@@ -129,8 +129,13 @@ class Buckets:
         finally:
             self._zero = None
 
-    def ensure(self, params: Sequence[Tensor]) -> None:
-        """Give every one of ``params`` a bucket that holds it, and only parameters of ``params``."""
+    def ensure(self, params: Sequence[Tensor], sound: bool = False) -> None:
+        """Give every one of ``params`` a bucket that holds it, and only parameters of ``params``.
+
+        Args:
+            params: Which.
+            sound: Their buckets were just found to be what they were built of.
+        """
         if not params:
             return
         self._optimizer.settle_layout()
@@ -145,7 +150,7 @@ class Buckets:
             if count != bucket.size:
                 left = [m for m in bucket.members if m.param not in wanted]
                 self._alone.update(m.position for m in left if state.get(m.param) is m.state)
-            if count != bucket.size or not self._is_sound(bucket):
+            if count != bucket.size or not (sound or self._is_sound(bucket)):
                 self._drop(bucket)
         homeless = [p for p in params if p not in self._of]
         if homeless:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hina_optim.engine.optimizer import HinaOptimizer
 
-__all__ = ["describe", "load", "unstacked"]
+__all__ = ["describe", "load", "matching_groups", "unstacked"]
 
 VERSION = 1
 
@@ -170,7 +170,7 @@ def _match(
             )
         place = {name: at for at, name in enumerate(names)}
         match = {index: place[name] for index, name in zip(saved_indices, old, strict=True)}
-        order = _matching_groups(optimizer, there, match)
+        order = matching_groups(optimizer, there, match)
     else:
         counts, saved_counts = [len(optimizer._layout.params(g)) for g in here], [len(g["params"]) for g in there]
         if counts != saved_counts:
@@ -191,7 +191,7 @@ def _match(
     return match, order
 
 
-def _matching_groups(optimizer: HinaOptimizer, there: list[Any], match: Mapping[Any, int]) -> list[int]:
+def matching_groups(optimizer: HinaOptimizer, there: Sequence[Any], match: Mapping[Any, int]) -> list[int]:
     """For every group here, the saved one with the same parameters: their options go together."""
     places = [frozenset(match[index] for index in group["params"]) for group in there]
     order, start = [], 0

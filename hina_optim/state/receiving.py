@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
+from hina_optim.state.checkpoint import matching_groups
 from hina_optim.state.jobs import Job, Receiver
 from hina_optim.state.plain import from_plain, to_plain
 from hina_optim.state.portable import Metadata, members, names_of
@@ -193,19 +194,11 @@ def _groups(
         raise ValueError(
             f"{owner}: the checkpoint has {len(saved)} groups, this optimizer {len(optimizer.param_groups)}."
         )
-    held = [frozenset(places[at] for at in group["params"]) for group in saved]
-    merged, start = [], 0
-    for g, group in enumerate(optimizer.param_groups):
+    order = matching_groups(optimizer, saved, dict(enumerate(places)))
+    merged = []
+    for g, (group, at) in enumerate(zip(optimizer.param_groups, order, strict=True)):
         title = group.get("name", g)
-        count = len(optimizer._layout.params(group))
-        mine = frozenset(range(start, start + count))
-        start += count
-        if mine not in held:
-            raise ValueError(
-                f"{owner}: no group of the checkpoint holds the same parameters as group {title} here, so whose "
-                "options it should get is unknown: build the groups as they were."
-            )
-        told = saved[held.index(mine)]["options"]
+        told = saved[at]["options"]
         options = {key: from_plain(value, f"option {key} of group {title}") for key, value in told.items()}
         missing = sorted({*optimizer.defaults, "start_lr"} - set(options) - TORCHS)
         if missing:
