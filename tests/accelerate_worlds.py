@@ -195,32 +195,36 @@ def train(
         if save is not None and step + 1 == HALF:
             accelerator.save_state(str(save))
     result.statistics = statistics.values
-    result.weights = complete(accelerator, model)
+    result.weights = complete(model, getattr(model, "module", model))
     return result
 
 
-def complete(accelerator: Any, model: nn.Module) -> dict[str, Tensor]:
-    """The trained weights, whole, on every rank."""
+def complete(engine: Any, inner: nn.Module) -> dict[str, Tensor]:
+    """The trained weights, whole, on every rank.
+
+    Args:
+        engine: The model as it was prepared.
+        inner: The module in it.
+    """
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
     from torch.distributed.tensor import DTensor
 
     from hina_optim.state.names import plain_name
 
     def read() -> dict[str, Tensor]:
-        inner = getattr(model, "module", model) if not isinstance(model, FSDP) else model
         return {
             plain_name(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
             for name, p in inner.named_parameters()
             if p.requires_grad
         }
 
-    if isinstance(model, FSDP):
-        with FSDP.summon_full_params(model):
+    if isinstance(engine, FSDP):
+        with FSDP.summon_full_params(engine):
             return read()
-    if type(model).__name__ == "DeepSpeedEngine":
+    if type(engine).__name__ == "DeepSpeedEngine":
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        with deepspeed.zero.GatheredParameters(list(engine.parameters())):
             return read()
     return read()
 

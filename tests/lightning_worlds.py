@@ -24,13 +24,11 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from hina_lightning import configure_optimizers
 from hina_lightning.callbacks import ImportanceMonitor, LRMaskMonitor, ShardedOptimizerState
-from hina_optim.state.names import plain_name
-from tests.accelerate_worlds import example, without_builds
+from tests.accelerate_worlds import complete, example, without_builds
 from tests.sharded.world import run
 
 ENGINES = ["ddp", "fsdp2", "fsdp2-full", "fsdp1", "zero1", "zero2", "zero3"]
@@ -169,28 +167,6 @@ class Trained:
     logged: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
-def complete(trainer: Trainer) -> dict[str, Tensor]:
-    """The trained weights, whole, on every rank; called within the fit, while the engine is there."""
-    model: Any = trainer.strategy.model
-
-    def read() -> dict[str, Tensor]:
-        return {
-            plain_name(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-            for name, p in trainer.lightning_module.named_parameters()
-            if p.requires_grad
-        }
-
-    if isinstance(model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(model):
-            return read()
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):
-            return read()
-    return read()
-
-
 class Reading(Callback):
     """Reads the weights when the training ends."""
 
@@ -198,7 +174,7 @@ class Reading(Callback):
         self.weights: dict[str, Tensor] = {}
 
     def on_train_end(self, trainer, module):
-        self.weights = complete(trainer)
+        self.weights = complete(trainer.strategy.model, trainer.lightning_module)  # while the engine is there
 
 
 def train(
@@ -327,30 +303,7 @@ def fabric_main(rank: int, engine: str, size: int, save: Path | None, resume: Pa
             save.mkdir(exist_ok=True)
             fabric.save(save / "weights", {"model": model})
             save_optimizer(fabric, save / "optimizer", optimizer, extra={"step": step + 1})
-    return Trained(weights=fabric_complete(model))
-
-
-def fabric_complete(model: Any) -> dict[str, Tensor]:
-    """The trained weights, whole."""
-    engine = model._forward_module
-    inner = model.module
-
-    def read() -> dict[str, Tensor]:
-        return {
-            plain_name(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-            for name, p in inner.named_parameters()
-            if p.requires_grad
-        }
-
-    if isinstance(engine, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(engine):
-            return read()
-    if type(engine).__name__ == "DeepSpeedEngine":
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(engine.parameters())):
-            return read()
-    return read()
+    return Trained(weights=complete(model._forward_module, model.module))
 
 
 def fabric_trained(engine: str, size: int = 2, save: Path | None = None, resume: Path | None = None) -> list[Trained]:
