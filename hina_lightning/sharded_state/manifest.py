@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -153,6 +154,7 @@ class Manifest:
                 raise ValueError(f"{key} is {entry['dtype']} {entry['shape']}, expected {dtype} {list(shape)}.")
             chunks[key] = [_chunk(key, dtype, files, *one) for one in entry["chunks"]]
             _check_cover(key, shape, chunks[key])
+        _check_bytes(expected, chunks, files)
         time, ranks = _count(body["time"], "time"), _count(body["ranks"], "ranks")
         return cls(state, chunks, files, ranks, time, from_plain(body["extra"], "extra"))
 
@@ -192,6 +194,22 @@ def _check_cover(key: str, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> N
         open_.append(chunk)
     if total != numel(shape):
         raise ValueError(f"the chunks of {key} have {total} elements of {numel(shape)}.")
+
+
+def _check_bytes(
+    table: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    chunks: Mapping[str, Sequence[Chunk]],
+    files: Sequence[tuple[str, int]],
+) -> None:
+    """No two chunks are said to lie in the same bytes."""
+    ranges = sorted(
+        (chunk.file, chunk.at, chunk.at + numel(chunk.size) * dtype.itemsize, key)
+        for key, (dtype, _) in table.items()
+        for chunk in chunks[key]
+    )
+    for (file, _, end, one), (next_file, begin, _, other) in pairwise(ranges):
+        if file == next_file and begin < end:
+            raise ValueError(f"chunks of {one} and {other} lie in the same bytes of {files[file][0]}.")
 
 
 def _overlap(a: Chunk, b: Chunk) -> bool:

@@ -301,8 +301,16 @@ def codec_of(form: Mapping[str, Any]) -> Codec:
         case {"form": "tensor", "dtype": name}:
             dtype = dtype_named(name)
             return TensorCodec(dtype, torch.float64 if dtype == torch.float64 else torch.float32)
-        case {"form": "blocks", "signed": bool(signed), "block": int(block), "compute": name} if block > 0:
-            return BlockCodec(signed, block, compute=dtype_named(name))
+        case {"form": "blocks", "signed": bool(signed), "block": int(block), "compute": name} if 0 < block < 1 << 62:
+            return BlockCodec(signed, block, compute=_computed_in(name))
         case {"form": "levels", "low": float(low), "start": float(start), "high": float(high), "compute": name}:
-            return LogCodec(low, start, high, compute=dtype_named(name))
+            return LogCodec(low, start, high, compute=_computed_in(name))
     raise ValueError(f"{str(dict(form))[:120]} is no form in which state is stored.")
+
+
+def _computed_in(name: Any) -> torch.dtype:
+    """The dtype that codes are decoded to."""
+    dtype = dtype_named(name)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name!r} is no dtype that state is computed in: float32 and float64 are.")
+    return dtype

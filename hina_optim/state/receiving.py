@@ -115,12 +115,16 @@ def receiving(
         raise ValueError(
             f"{owner}: the checkpoint was saved by {metadata['optimizer']}; build that optimizer to load it."
         )
-    described = from_plain(metadata["described"], "described")
-    for key, value in optimizer.described().items():
-        if key not in described or described[key] != from_plain(to_plain(value, key), key):
-            raise ValueError(
-                f"{owner}: the checkpoint was saved with {key} {described.get(key)}, this optimizer has {value}."
-            )
+    described, own = (
+        from_plain(plain, "described")
+        for plain in (metadata["described"], to_plain(optimizer.described(), "described"))
+    )
+    if not isinstance(described, dict):
+        raise ValueError(f"{owner}: described is {str(described)[:80]!r}, expected names and values.")
+    for key in {**own, **described}:
+        saved, here = (told.get(key, "not told") for told in (described, own))
+        if saved != here:
+            raise ValueError(f"{owner}: the checkpoint was saved with {key} {saved}, this optimizer has {here}.")
     with optimizer.whole_groups():
         yield from _planned(optimizer, metadata, storage, model)
 
