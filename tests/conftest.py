@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+from hypothesis import settings
 
 from hina_optim.state import codebooks
 from tests.sharded.table import pytest_terminal_summary  # noqa: F401 (a hook: the table of the matrix)
+
+
+# The same examples in every run: whether a change lands must not depend on luck. HYPOTHESIS_PROFILE=search draws others.
+settings.register_profile("same", derandomize=True, print_blob=True)
+settings.register_profile("search", derandomize=False, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -196,6 +196,7 @@ def test_any_field(good: Path, victim: Victim, data: st.DataObject) -> None:
     [
         (("state", "params", 0, "slots", "exp_avg", "block"), 2**70, "block"),
         (("state", "params", 0, "slots", "exp_avg_sq", "compute"), "uint8", "uint8"),
+        (("state", "params", 0, "slots", "exp_avg_sq", "signed"), True, "never stored"),
         (("state", "described", "dict"), {"anything": 1}, "anything"),
         (("state", "described"), {"tuple": [1]}, "described"),
         (("tensors", "bias/step", "chunks", 0, 3), 0, "the same bytes"),

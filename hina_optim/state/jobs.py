@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hina_optim.state.blockwise import BlockCodec
+from hina_optim.state.blockwise import BlockCodec, LogCodec
 from hina_optim.state.conversion import converted
 from hina_optim.state.portable import COUNTERS, Metadata, codec_of, form_of, slots_of
 from hina_optim.state.precision import Codec, Storage, TensorCodec, codec_for
@@ -132,6 +132,7 @@ class Receiver:
             self.jobs.append(Job(param, (), lambda _: {name: zero}))
             return
         source = codec_of({key: value for key, value in form.items() if key not in ("shape", "decoded")})
+        _check_code(f"{self.owner}: {name} of {self.name}", slot, source)
         shape = None if slot.shape == "like" else list(slot.shape)
         if form.get("shape") != shape:
             raise ValueError(
@@ -187,6 +188,19 @@ class Receiver:
             return {name + suffix: part[0] for suffix, part in parts.items()}
 
         self.jobs.append(Job(param, tuple(reads), build))
+
+
+def _check_code(what: str, slot: Slot, source: Codec) -> None:
+    """Codes are of the kind in which the slot is ever written: read as another, they would be other numbers."""
+    match source:
+        case BlockCodec():
+            right = slot.code == ("signed" if source.signed else "unsigned")
+        case LogCodec():
+            right = isinstance(slot.code, tuple)
+        case _:
+            right = True
+    if not right:
+        raise ValueError(f"{what} was saved as {form_of(source)}, which it is never stored as.")
 
 
 def _words(form: Metadata) -> str:
