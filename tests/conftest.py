@@ -11,8 +11,8 @@ from hypothesis import settings
 from hina_optim.state import codebooks
 from tests.sharded.table import pytest_terminal_summary  # noqa: F401 (a hook: the table of the matrix)
 
-
-# The same examples in every run: whether a change lands must not depend on luck. HYPOTHESIS_PROFILE=search draws others.
+# The same examples in every run: whether a change lands must not depend on luck. HYPOTHESIS_PROFILE=search draws new
+# ones.
 settings.register_profile("same", derandomize=True, print_blob=True)
 settings.register_profile("search", derandomize=False, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
