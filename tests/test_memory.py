@@ -342,7 +342,15 @@ def test_memory_stats_add_up():
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0, "0 bytes"), (640, "640 bytes"), (1536, "1.5 KiB"), (3 << 19, "1.5 MiB"), (GIB, "1 GiB")]
+    ("number", "text"),
+    [
+        (0, "0 bytes"),
+        (640, "640 bytes"),
+        (1536, "1.5 KiB"),
+        (1020 << 10, "1020 KiB"),
+        (3 << 19, "1.5 MiB"),
+        (GIB, "1 GiB"),
+    ],
 )
 def test_sizes_as_read(number, text):
     assert as_size(number) == text

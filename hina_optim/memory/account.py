@@ -108,7 +108,7 @@ def as_size(number: int) -> str:
     """Bytes as a person reads them: ``"1.50 GiB"``, ``"12.3 MiB"``, ``"640 bytes"``."""
     for unit, size in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if abs(number) >= size:
-            return f"{number / size:.3g} {unit}"
+            return f"{number / size:{'.3g' if abs(number) < 999.5 * size else '.0f'}} {unit}"
     return f"{number} bytes"
 
 

@@ -1,57 +1,21 @@
-"""The command ``hina``: what can be done with the files of a training run."""
+"""Commands for checkpoints of optimizers: ``hina show`` and ``hina convert``."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections import Counter
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 from hina_lightning import sharded_state
 from hina_lightning.sharded_state.loading import open_checkpoint
 
-__all__ = ["main"]
+__all__ = ["convert", "shown"]
 
 FILES = (".safetensors",)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: Without the name of the program; None: those of this process.
-
-    Returns:
-        0, or 1 after an error, which has been written to stderr.
-    """
-    parser = argparse.ArgumentParser(prog="hina", description="Work with optimizer checkpoints of hina-lightning.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    convert = commands.add_parser(
-        "convert",
-        help="make one file of a sharded checkpoint, or a folder of a file",
-        description="Make one file of a sharded checkpoint (TO ends in .safetensors), or a folder of a file. Either is "
-        "loaded by hina_lightning.sharded_state.load under any engine and number of ranks.",
-    )
-    convert.add_argument("source", metavar="FROM", type=Path)
-    convert.add_argument("target", metavar="TO", type=Path)
-    convert.add_argument("--force", action="store_true", help="replace TO if it is there")
-    show = commands.add_parser("show", help="say what a checkpoint holds", description="Say what a checkpoint holds.")
-    show.add_argument("path", metavar="PATH", type=Path)
-    given = parser.parse_args(arguments)
-    try:
-        if given.command == "convert":
-            _convert(given.source, given.target, given.force)
-        else:
-            print(_shown(given.path))
-    except (sharded_state.CheckpointError, OSError) as error:
-        print(f"hina: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _convert(source: Path, target: Path, force: bool) -> None:
+def convert(source: Path, target: Path, force: bool) -> None:
+    """Make one file of a sharded checkpoint, or a folder of a file."""
     if target.exists() and not force:
         raise sharded_state.CheckpointError(f"{target} is there already; give another name, or --force.")
     if target.suffix in FILES:
@@ -60,7 +24,8 @@ def _convert(source: Path, target: Path, force: bool) -> None:
         sharded_state.spread(source, target)
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
+    """What a checkpoint holds, in words."""
     reader = open_checkpoint(path)
     reader.check_files()
     manifest, table = reader.manifest, reader.manifest.tensors()
