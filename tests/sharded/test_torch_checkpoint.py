@@ -81,8 +81,9 @@ def check(
     saver: tuple[str, int], loader: tuple[str, int], names: Sequence[str], kind: str, folder: Path, options: Any = None
 ) -> None:
     args = names, kind, folder, options
-    before = run(saving, saver[1], saver[0], *args)
-    after = run(loading, loader[1], loader[0], *args)
+    limit = 60.0 + 60.0 * len(names)
+    before = run(saving, saver[1], saver[0], *args, limit=limit)
+    after = run(loading, loader[1], loader[0], *args, limit=limit)
     shapes = build("one").shapes
     for name in names:
         same_state(before[0][name][0], [found[name][0] for found in after], name)
