@@ -23,8 +23,9 @@ class VRAMGuard(MemoryGuard, Callback):
     and the engine's bound on temporary memory. There are three reasons to act:
 
     - *plan*: when the training starts, what is to come brings the pressure to ``soft`` or above.
-    - *soft*: the pressure is at ``soft`` or above. This fires once and then waits until the pressure has fallen below
-      ``soft − hysteresis``.
+    - *soft*: the pressure is at ``soft`` or above, or the device can give less than 512 MiB, or less than 3 % of all
+      that there is for this process, beyond that memory. This fires once and then waits until the pressure has fallen
+      below ``soft − hysteresis``, and twice as much can be given.
     - *hard*: the pressure is at ``hard`` or above, or an allocation failed and had to be retried since the last look.
 
     After an action at least ``cooldown_steps`` steps pass before the next one, whatever the reason. To act is to call
@@ -39,6 +40,7 @@ class VRAMGuard(MemoryGuard, Callback):
     Logged metrics (with every look, where the trainer has a logger):
         - ``mem/used_gb``: memory in use now, GiB.
         - ``mem/free_gb``: what is left below the limit, GiB.
+        - ``mem/reserved_gb``: what the allocator holds, in use or not, GiB; what is in use where it does not tell.
         - ``mem/allocated_peak_gb``: the most that was in use at one time so far, GiB.
         - ``mem/pressure``: as above; 1 is full.
         - ``mem/alloc_retries``: how often an allocation failed at first so far.
@@ -52,6 +54,10 @@ class VRAMGuard(MemoryGuard, Callback):
         cooldown_steps: Steps between two actions, ≥ 0.
         hysteresis: How far below ``soft`` an action aims and the pressure must fall, in [0, ``soft``).
         dry_run: Say and record what would be done, do nothing.
+        relax: Take back what was given up, the last first, as far as memory stays below ``soft − hysteresis`` on all
+            ranks: what is in use now, and the peak since the last look; where the probe does not tell that, the highest
+            that was seen, less what has been given back since. After ``cooldown_steps``, too. Without ``probe``, on a
+            CUDA device, each look then resets ``torch.cuda.max_memory_allocated()``.
         probe: Where readings come from. None: the one that fits the device of the training. It is also read once when
             the training starts, so that what came before is not taken for a peak of its own.
         snapshot_dir: Where to write what is known when the fit runs out of memory: the error, readings, actions, and
@@ -59,8 +65,8 @@ class VRAMGuard(MemoryGuard, Callback):
             snapshot for https://pytorch.org/memory_viz.
 
     Attributes:
-        actions: One dictionary for each action: ``step``, ``reason`` (``"plan"``, ``"soft"`` or ``"hard"``),
-            ``dry_run``, ``pressure_before``, ``pressure_after``, ``bytes_needed``, ``bytes_predicted``,
+        actions: One dictionary for each action: ``step``, ``reason`` (``"plan"``, ``"soft"``, ``"hard"`` or
+            ``"relax"``), ``dry_run``, ``pressure_before``, ``pressure_after``, ``bytes_needed``, ``bytes_predicted``,
             ``bytes_saved``, and ``reports``, what each optimizer returned, with its class under ``optimizer``.
 
     Raises:
@@ -83,6 +89,7 @@ class VRAMGuard(MemoryGuard, Callback):
         cooldown_steps: int = 50,
         hysteresis: float = 0.1,
         dry_run: bool = False,
+        relax: bool = False,
         probe: Probe | None = None,
         snapshot_dir: str | Path | None = None,
     ) -> None:
@@ -94,6 +101,7 @@ class VRAMGuard(MemoryGuard, Callback):
             cooldown_steps=cooldown_steps,
             hysteresis=hysteresis,
             dry_run=dry_run,
+            relax=relax,
             probe=probe,
             snapshot_dir=snapshot_dir,
         )

@@ -287,7 +287,10 @@ def test_what_is_on_the_host_counts_no_more() -> None:
 
 @pytest.mark.parametrize("up", [False, True])
 def test_out_of_memory_while_converting_leaves_all_state_whole(up: bool) -> None:
-    """At any allocation: what was learned is there, the optimizer steps on, and the next walk finishes the work."""
+    """At any allocation: what was learned is there, all of it stored as the options say, and as before or a rung on.
+
+    The optimizer steps on, and the next walk finishes the work.
+    """
     _, base = trained(2)
     if up:
         optimize_for_vram(base, below(base, 2))
@@ -308,6 +311,8 @@ def test_out_of_memory_while_converting_leaves_all_state_whole(up: bool) -> None
         learned = [optimizer._buckets.decoded(p, "exp_avg") for p in params]
         with pytest.raises(torch.OutOfMemoryError), Scarce(first):
             walk(optimizer)
+        (precision,) = precisions(optimizer)
+        assert optimizer.state_bytes() == optimizer.state_bytes(precision), "nothing is half converted"
         for p, before in zip(params, learned, strict=True):
             now = optimizer._buckets.decoded(p, "exp_avg")
             assert before is not None and now is not None

@@ -23,7 +23,7 @@ from hina_optim.memory import (
     used_bytes,
 )
 from hina_optim.memory.ladder import ReleaseScratch, Rung
-from hina_optim.memory.probes import GIB
+from hina_optim.memory.probes import GIB, reading_of
 
 TINY = 1e-9
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -58,6 +58,23 @@ def test_reading():
     assert reading.free_bytes == 1
     assert MemoryReading(5, 4).free_bytes == 0
     assert reading.peak_bytes == reading.retries == 0
+
+
+def test_what_an_allocator_has_left():
+    """Free on the device, and held without use; less remainders of blocks, unless those can be joined."""
+    stats = {
+        "allocated_bytes.all.current": 50, "reserved_bytes.all.current": 80, "inactive_split_bytes.all.current": 12,
+        "allocated_bytes.all.peak": 70, "num_alloc_retries": 2, "num_ooms": 1,
+    }  # fmt: skip
+    reading = reading_of(stats, 20, expandable=False)
+    assert reading.available_bytes == 20 + (80 - 50) - 12
+    assert (reading.used_bytes, reading.limit_bytes, reading.reserved_bytes) == (62, 100, 80)
+    assert (reading.peak_bytes, reading.retries) == (70, 3)
+    joined = reading_of(stats, 20, expandable=True)
+    assert (joined.available_bytes, joined.used_bytes, joined.limit_bytes) == (50, 50, 100)
+    short = reading_of(stats, 20, expandable=False, limit_bytes=64)
+    assert short.limit_bytes == 64 and short.available_bytes == 38, "a budget takes nothing from the device"
+    assert reading_of({}, 7, expandable=False).available_bytes == 7
 
 
 def test_scripted_probe_repeats_its_last_reading():

@@ -81,7 +81,9 @@ def at_home(name: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 def places_of(params: list[nn.Parameter], optimizer: HinaOptimizer) -> tuple[set[str], set[str]]:
     """State on the host and state on the device, by name (``step`` aside)."""
     every = [(k, p, v) for p in params for k, v in optimizer.state[p].items() if k != "step" and p.numel() > 1]
-    assert all(v.shape == p.shape or k.endswith("_scale") for k, p, v in every if v.device == CPU)
+    hosted = [(k, p, v) for k, p, v in every if v.device == CPU]
+    # of every element: itself, its share of a scale, or of a byte
+    assert all(v.shape == p.shape or k.endswith("_scale") or k == "last_sign" for k, p, v in hosted)
     return {k for k, _, v in every if v.device == CPU}, {k for k, _, v in every if v.device == FAR}
 
 
@@ -162,6 +164,37 @@ def test_moving_at_run_time() -> None:
         train(params, optimizer, range(4, 5))
         assert optimizer.state_bytes() == total
         assert same(weights(params), at_home("adaptive"))
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_out_of_memory_while_moving(back: bool) -> None:
+    """At any allocation: all state is whole and where it was, as the options say, and the training is the same."""
+    option = {"state_device": "cpu"} if back else {}
+
+    def begun() -> tuple[list[nn.Parameter], HinaOptimizer]:
+        params, optimizer = build("adamw", **option)
+        train(params, optimizer, range(2))
+        return params, optimizer
+
+    def move(optimizer: HinaOptimizer) -> int:
+        return optimizer.set_state_device(None if back else "cpu")
+
+    with FarMode():
+        params, optimizer = begun()
+        with Scarce() as watch:
+            moved = move(optimizer)
+        assert watch.count > 10
+        for n in range(watch.count):
+            params, optimizer = begun()
+            where = places_of(params, optimizer)
+            with pytest.raises(torch.OutOfMemoryError), Scarce(n):
+                move(optimizer)
+            assert places_of(params, optimizer) == where
+            assert optimizer.param_groups[0]["state_device"] == option.get("state_device")
+            train(params, optimizer, range(2, 3))
+            assert places_of(params, optimizer) == where and move(optimizer) == moved, "at another occasion"
+            train(params, optimizer, range(3, 5))
+            assert same(weights(params), at_home("adamw"))
 
 
 def test_before_the_first_step_and_by_hand() -> None:

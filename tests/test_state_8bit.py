@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hina_optim import AdaptiveHinaAdamW, Automagic_CameAMP, Automagic_CameAMP_8bit, HinaAdaptive
 from hina_optim.state.blockwise import BlockCodec
 from tests.every_optimizer import NAMES, give_large, large, make, reported
+from tests.shards import run_sharded
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -36,7 +37,7 @@ def test_what_does_not_change_stays(kind: str) -> None:
         "constant": -torch.ones(shape),
     }[kind]
     codec = BlockCodec(True, stochastic=True)
-    noise = [torch.randint(2**31 - 1, shape, dtype=torch.int32, generator=generator) for _ in range(200)]
+    noise = [torch.randint(2**16, shape, dtype=torch.int32, generator=generator) for _ in range(200)]
     first = now = codec.decode(codec.encode(x, noise[0]))
     for bits in noise[1:]:
         now = codec.decode(codec.encode(now, bits))
@@ -45,21 +46,27 @@ def test_what_does_not_change_stays(kind: str) -> None:
 
 
 def test_what_is_stored_how() -> None:
-    """Blocks for long rows, 16 bits for short ones and vectors, fp32 for small parameters, masks wherever they pay."""
+    """Blocks for long rows, 16 bits for short ones and vectors, fp32 for small parameters, masks wherever they pay.
+
+    Signs share bytes where there are blocks.
+    """
     named, optimizer = trained("AdaptiveHinaAdamW", state_precision="8bit")
     dtypes = {name: {k: v.dtype for k, v in optimizer.state[p].items()} for name, p in named}
     for name in ("blocks", "ragged", "kernel", "layer.lora_A.default.weight"):
         assert dtypes[name]["exp_avg"] == dtypes[name]["exp_avg_sq"] == dtypes[name]["lr_mask"] == torch.uint8, name
         assert dtypes[name]["exp_avg_scale"] == torch.float32
-        assert dtypes[name]["last_sign"] == torch.int8
+        assert dtypes[name]["last_sign"] == torch.uint8
     for name in ("layer.lora_B.default.weight", "vector"):
         assert dtypes[name]["exp_avg"] == torch.bfloat16 and dtypes[name]["lr_mask"] == torch.uint8
+        assert dtypes[name]["last_sign"] == torch.int8
     assert dtypes["small"]["exp_avg"] == dtypes["small"]["lr_mask"] == torch.float32
     shapes = {
         name: tuple(optimizer.state[p]["exp_avg_scale"].shape)
         for name, p in named
         if "exp_avg_scale" in optimizer.state[p]
     }
+    signs = {name: tuple(optimizer.state[p]["last_sign"].shape) for name, p in named}
+    assert signs["blocks"] == (20, 64) and signs["ragged"] == (70, 75) and signs["kernel"] == (24, 45)
     assert shapes["blocks"] == (20, 1) and shapes["ragged"] == (70, 2) and shapes["kernel"] == (24, 1)
 
 
@@ -70,6 +77,27 @@ def test_forced_and_refused() -> None:
         assert optimizer.state[p]["exp_avg"].dtype == (torch.uint8 if p.ndim > 1 else torch.bfloat16)
     named, optimizer = trained("AdaptiveHinaAdamW", state_precision="8bit", min_8bit_size=10**6)
     assert all(optimizer.state[p]["exp_avg"].dtype == torch.float32 for _, p in named)
+
+
+@pytest.mark.parametrize("by_rows", [True, False], ids=["rows", "flat"])
+def test_a_shard_decides_nothing(by_rows: bool) -> None:
+    """What is large, and has long rows, is so as a whole: pieces below both limits are stored as the whole is."""
+    start = [("large", torch.randn(24, 256)), ("short", torch.randn(1024, 8)), ("small", torch.randn(15, 256))]
+    kinds: dict[int, list[dict[str, dict[str, torch.dtype]]]] = {1: [], 4: []}
+    for size, found in kinds.items():
+        built: list[tuple[Any, Any]] = []
+
+        def build(named: Any, built: list[tuple[Any, Any]] = built) -> Any:
+            built.append((named, make("AdaptiveHinaAdamW", named, state_precision="8bit")))
+            return built[-1][1]
+
+        run_sharded(start, lambda _: [torch.ones_like(t) for _, t in start], build, size=size, steps=1, by_rows=by_rows)
+        found += [{n: {k: v.dtype for k, v in o.state[p].items()} for n, p in named} for named, o in built]
+        assert size == 1 or all(p.numel() < 4096 for named, _ in built for _, p in named), "no piece is large"
+    (whole,) = kinds[1]
+    assert all(piece == whole for piece in kinds[4])
+    assert whole["large"]["exp_avg"] == whole["large"]["last_sign"] == torch.uint8
+    assert whole["short"]["exp_avg"] == torch.bfloat16 and whole["small"]["exp_avg"] == torch.float32
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -298,12 +298,13 @@ def test_metrics_reach_both_loggers(tmp_path):
     events.Reload()
     seen = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if "mem/" in tag}
     # the second reading of 0.6 comes after the action of step 1
-    names = ("used_gb", "free_gb", "allocated_peak_gb", "pressure", "alloc_retries", "actions")
+    names = ("used_gb", "free_gb", "reserved_gb", "allocated_peak_gb", "pressure", "alloc_retries", "actions")
     assert {tag: [step for step, _ in values] for tag, values in seen.items()} == {
         f"mem/{name}": [0, 1, 2] for name in names
     }
     assert [value for _, value in seen["mem/used_gb"]] == pytest.approx([5, 9.5, 6])
     assert [value for _, value in seen["mem/free_gb"]] == pytest.approx([5, 0.5, 4])
+    assert seen["mem/reserved_gb"] == seen["mem/used_gb"], "this probe tells no more"
     assert [value for _, value in seen["mem/pressure"]] == pytest.approx([0.5, 0.95, 0.6])
     assert [value for _, value in seen["mem/actions"]] == [0, 1, 1]
     header = (tmp_path / "csv" / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
@@ -430,8 +431,8 @@ def test_techniques_go_at_hard_pressure_only():
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
-class OnlyRankOne(Callback):
-    """Memory is short on rank 1 alone; what each rank did goes to a file."""
+class OnlyTheLast(Callback):
+    """Memory is short on the last rank alone; what each rank did goes to a file."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -439,7 +440,8 @@ class OnlyRankOne(Callback):
 
     def setup(self, trainer, pl_module, stage):
         self.guard = next(c for c in trainer.callbacks if isinstance(c, VRAMGuard))
-        self.guard.probe = script(0.5, 0.95, 0.85, 0.92) if trainer.global_rank else script(0.5)
+        short = trainer.global_rank == trainer.world_size - 1
+        self.guard.probe = script(0.5, 0.95, 0.85, 0.92) if short else script(0.5)
 
     def on_train_end(self, trainer, pl_module):
         state = {
@@ -451,12 +453,13 @@ class OnlyRankOne(Callback):
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(state))
 
 
-def test_all_ranks_act_when_one_has_to(tmp_path):
-    fit([OnlyRankOne(tmp_path), every_step(None)], devices=2, strategy="ddp_fork", steps=10)
-    zero, one = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    assert zero == one
+@pytest.mark.parametrize("size", [2, 4])
+def test_all_ranks_act_when_one_has_to(size, tmp_path):
+    fit([OnlyTheLast(tmp_path), every_step(None)], devices=size, strategy="ddp_fork", steps=5 * size)
+    zero, *others = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(size))
+    assert others == [zero] * (size - 1)
     assert [(step, reason) for step, reason, *_ in zero["actions"]] == [(1, "soft")]
-    assert zero["actions"][0][2] == pytest.approx(0.15 * LIMIT, abs=2)  # what rank 1 needs
+    assert zero["actions"][0][2] == pytest.approx(0.15 * LIMIT, abs=2)  # what the last rank needs
     assert not zero["armed"] and zero["precision"] == ["bf16"]
 
 
@@ -476,6 +479,7 @@ def test_all_ranks_act_when_one_has_to(tmp_path):
         ({"every_n_steps": 0}, "every_n_steps=0"),
         ({"cooldown_steps": -1}, "cooldown_steps=-1"),
         ({"dry_run": "no"}, "dry_run='no'"),
+        ({"relax": 1}, "relax=1"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

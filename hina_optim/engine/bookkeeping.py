@@ -21,6 +21,7 @@ from hina_optim.engine import population, sizes
 from hina_optim.engine.agreement import Agreement
 from hina_optim.engine.bucket import KAHAN, SOLO_NUMEL, Bucket, BucketKey, Member
 from hina_optim.engine.identities import Identities
+from hina_optim.engine.lines import is_compiled
 from hina_optim.engine.loading import check_loaded
 from hina_optim.engine.plan import check_recipe
 from hina_optim.engine.program import Program
@@ -178,8 +179,7 @@ class Buckets:
         measuring = population.measuring(bucket)
         kind = measuring, tuple(one.acts(bucket.step) for one in bucket.chain)
         if kind not in bucket.programs:
-            # None is eager everywhere: compiling every shape costs minutes, and no measurement yet says where that pays
-            bucket.programs[kind] = Program(bucket, measuring, compiled=bool(bucket.group["compile"]))
+            bucket.programs[kind] = Program(bucket, measuring, compiled=is_compiled(bucket))
         program: Program = bucket.programs[kind]
         return program
 
@@ -413,38 +413,40 @@ class Buckets:
 
     def convert(self, precision: str) -> None:
         """Store all state in another precision."""
-        opt = self._optimizer
-        self._check_options()
-        self.ensure([p for _, _, p in self.identities.places() if opt.state.get(p)])
-        for bucket in dict.fromkeys(self._of.values()):
-            bucket.convert(Storage.of(bucket.group, precision), bucket.slots)
-        for g, group in opt.indexed_groups():
-            group["state_precision"] = precision
-            options = tuple(v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "name"))
-            self._options[g] = group, options
+        self.change([{"state_precision": precision} for _ in self._optimizer.param_groups])
 
     def change(self, changes: Sequence[Mapping[str, Any]]) -> None:
-        """Set options of the groups, a mapping for each, and bring all state in line with them now."""
+        """Set options of the groups, a mapping for each, and bring all state in line with them now.
+
+        Where that fails, the options are as they were, and what was converted is converted back; what cannot be, for
+        want of memory, leaves them as they were set, and all is brought in line at the next occasion.
+        """
         opt = self._optimizer
         self._check_options()
         self.ensure([p for _, _, p in self.identities.places() if opt.state.get(p)])
-        for group, options in zip(opt.param_groups, changes, strict=True):
+        groups = list(zip(opt.param_groups, changes, strict=True))
+        before = [{name: group[name] for name in options if name in group} for group, options in groups]
+        for group, options in groups:
             group.update(options)
         try:
             self._check_options()
         except BaseException:
-            self._options.clear()  # what is not converted yet will be at the next occasion
+            for (group, options), old in zip(groups, before, strict=True):
+                for name in options.keys() - old.keys():
+                    del group[name]
+                group.update(old)
+            try:
+                self._check_options()
+            except RuntimeError:
+                for group, options in groups:
+                    group.update(options)
+                self._options.clear()
             raise
         self._form_waiting()
 
     def rehouse(self, option: str, device: str | None) -> None:
         """Move state that exists to where an option says from now on."""
-        opt = self._optimizer
-        self._check_options()
-        self.ensure([p for _, _, p in self.identities.places() if opt.state.get(p)])
-        for group in opt.param_groups:
-            group[option] = device
-        self._check_options()
+        self.change([{option: device} for _ in self._optimizer.param_groups])
 
     def host_bytes(self) -> int:
         """Bytes of state that are in host memory for parameters elsewhere."""

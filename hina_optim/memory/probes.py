@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -13,7 +13,7 @@ import torch
 
 from hina_optim import arguments as rule
 
-__all__ = ["GIB", "CudaProbe", "MemoryReading", "Probe", "ProcessProbe", "ScriptedProbe", "probe_for"]
+__all__ = ["GIB", "CudaProbe", "MemoryReading", "Probe", "ProcessProbe", "ScriptedProbe", "probe_for", "reading_of"]
 
 #: Bytes in the gigabyte that every ``…_gb`` argument and figure means (2³⁰).
 GIB = 1 << 30
@@ -28,12 +28,18 @@ class MemoryReading(NamedTuple):
         peak_bytes: The most that was in use at one time so far.
         retries: How often an allocation failed at first, out-of-memory errors included, since the process began.
             It only grows; a rise between two readings is hard pressure.
+        reserved_bytes: What the allocator holds, in use or not; None where it is no more than what is in use.
+        available_bytes: What the device can still give, whatever the limit; None where the limit is all that is known.
+        window_bytes: The most that was in use at one time since the reading before; None where that is not known.
     """
 
     used_bytes: int
     limit_bytes: int
     peak_bytes: int = 0
     retries: int = 0
+    reserved_bytes: int | None = None
+    available_bytes: int | None = None
+    window_bytes: int | None = None
 
     @property
     def pressure(self) -> float:
@@ -65,36 +71,59 @@ class CudaProbe:
     Args:
         device: A CUDA device.
         limit_gb: A budget in GiB, where less than the device has is to be used. None: the device.
+        windows: Tell the peak since the reading before, too. The allocator has one counter for that, which each reading
+            then resets: ``torch.cuda.max_memory_allocated()`` becomes the peak since then for all who ask.
 
     Raises:
         ValueError: The device is not a CUDA device, CUDA is not available, or the limit is not a finite number > 0.
     """
 
-    def __init__(self, device: torch.device | str | int = "cuda", limit_gb: float | None = None) -> None:
+    def __init__(
+        self, device: torch.device | str | int = "cuda", limit_gb: float | None = None, *, windows: bool = False
+    ) -> None:
         self.device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         if self.device.type != "cuda":
             raise ValueError(f"CudaProbe: device={str(device)!r} is not a CUDA device; use ProcessProbe for the CPU.")
         if not torch.cuda.is_available():
             raise ValueError("CudaProbe: CUDA is not available in this process; use ProcessProbe or ScriptedProbe.")
         self.limit_bytes = _limit("CudaProbe", limit_gb)
+        self.windows = windows
+        self._peak = 0
 
     def read(self) -> MemoryReading:
         """Memory now. Reads counters of the allocator and the driver; waits for no kernel."""
         stats = torch.cuda.memory_stats(self.device)
-        allocated = stats.get("allocated_bytes.all.current", 0)
-        reserved = stats.get("reserved_bytes.all.current", 0)
-        unusable = 0 if _expandable_segments() else stats.get("inactive_split_bytes.all.current", 0)
         free, _ = torch.cuda.mem_get_info(self.device)
-        used = allocated + unusable
-        limit = used + max(0, free + reserved - used)
-        if self.limit_bytes is not None:
-            limit = min(limit, self.limit_bytes)
-        return MemoryReading(
-            used_bytes=used,
-            limit_bytes=limit,
-            peak_bytes=stats.get("allocated_bytes.all.peak", 0),
-            retries=stats.get("num_alloc_retries", 0) + stats.get("num_ooms", 0),
-        )
+        reading = reading_of(stats, free, _expandable_segments(), self.limit_bytes)
+        if not self.windows:
+            return reading
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._peak = max(self._peak, reading.peak_bytes)
+        return reading._replace(peak_bytes=self._peak, window_bytes=reading.peak_bytes)
+
+
+def reading_of(stats: Mapping[str, int], free: int, expandable: bool, limit_bytes: int | None = None) -> MemoryReading:
+    """What the counters of a caching allocator say.
+
+    Args:
+        stats: As ``torch.cuda.memory_stats`` gives them; what is not there counts as 0.
+        free: Bytes that the driver has left.
+        expandable: Whether the allocator can join the remainders of split blocks.
+        limit_bytes: A budget.
+    """
+    allocated = stats.get("allocated_bytes.all.current", 0)
+    reserved = stats.get("reserved_bytes.all.current", 0)
+    used = allocated + (0 if expandable else stats.get("inactive_split_bytes.all.current", 0))
+    available = max(0, free + reserved - used)
+    limit = used + available
+    return MemoryReading(
+        used_bytes=used,
+        limit_bytes=limit if limit_bytes is None else min(limit, limit_bytes),
+        peak_bytes=stats.get("allocated_bytes.all.peak", 0),
+        retries=stats.get("num_alloc_retries", 0) + stats.get("num_ooms", 0),
+        reserved_bytes=reserved,
+        available_bytes=available,
+    )
 
 
 class ProcessProbe:
@@ -150,19 +179,20 @@ class ScriptedProbe:
         return reading
 
 
-def probe_for(device: torch.device | str, limit_gb: float | None = None) -> Probe:
+def probe_for(device: torch.device | str, limit_gb: float | None = None, *, windows: bool = False) -> Probe:
     """The probe that fits a device.
 
     Args:
         device: Where the parameters are.
         limit_gb: A limit in GiB. None: what the device, or the machine, has.
+        windows: Tell the peak since the reading before, where the device counts it (:class:`CudaProbe`).
 
     Raises:
         ValueError: There is no probe for such a device, or the limit is not a finite number > 0.
     """
     device = torch.device(device)
     if device.type == "cuda":
-        return CudaProbe(device, limit_gb)
+        return CudaProbe(device, limit_gb, windows=windows)
     if device.type == "cpu":
         return ProcessProbe(limit_gb)
     raise ValueError(

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hina_optim.state.precision import Storage, codec_for
+from hina_optim.state.signs import SignCodec
+
 if TYPE_CHECKING:
     from hina_optim.engine.optimizer import HinaOptimizer
 
@@ -82,7 +85,7 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
             f"{owner}: the checkpoint has the state of {kept} parameters, {about['kept']} had one when it was saved: "
             "it is truncated."
         )
-    entries: dict[Tensor, Mapping[str, Any]] = {}
+    entries: dict[Tensor, dict[str, Any]] = {}
     for index, entry in saved["state"].items():
         if index not in indices:
             raise ValueError(
@@ -100,6 +103,7 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
             k: optimizer._layout.unwrap(params[at], v) if isinstance(v, Tensor) else v for k, v in entry.items()
         }
     with _told(optimizer, about, indices):
+        _pack_signs(optimizer, groups, entries)
         hosted = optimizer._buckets.check_loaded(groups, entries)
     # it all fits; the old state goes before the new one comes, so that loading needs no more memory than training
     for group, options in zip(optimizer.param_groups, groups, strict=True):
@@ -110,6 +114,22 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
         optimizer.state[param] = _own(param, entry, hosted.get(param, set()))
     every = list(indices.values())
     optimizer._buckets.restore([every[at] for at in about.get("alone", ())])
+
+
+def _pack_signs(
+    optimizer: HinaOptimizer, groups: Sequence[dict[str, Any]], entries: Mapping[Tensor, dict[str, Any]]
+) -> None:
+    """Signs that were saved in a byte each where they share one now: so they were kept before they shared any."""
+    for g, member in optimizer._buckets.identities.members(list(entries)):
+        group, entry = {**optimizer.group(g), **groups[g]}, entries[member.param]
+        local = tuple(optimizer._layout.local(member.param).shape)
+        for slot in optimizer._buckets._recipe(group, member.info, member.param.dtype)[1]:
+            have = entry.get(slot.name)
+            if not isinstance(have, Tensor) or have.dtype != torch.int8 or tuple(have.shape) != local:
+                continue
+            codec = codec_for(slot, Storage.of(group), member.param.dtype, member.info.shape)
+            if isinstance(codec, SignCodec):
+                entry[slot.name] = codec.encode(have[None], None)[""][0]
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hina_optim.state.precision import Codec
+from hina_optim.state.precision import Codec, decoded
 
 __all__ = ["PIECE", "converted"]
 
@@ -36,7 +36,8 @@ def converted(old: Codec, new: Codec, parts: dict[str, Tensor], shape: tuple[int
         each = max(1, PIECE // max(1, numel))
         for first in range(0, n, each):
             cut = slice(first, first + each)
-            value = old.decode({suffix: part[cut] for suffix, part in parts.items()})
+            some = {suffix: part[cut] for suffix, part in parts.items()}
+            value = decoded(old, some, (min(each, n - first), *shape))
             for suffix, part in new.encode(value, None).items():
                 fresh[suffix][cut] = part
         return fresh
@@ -48,7 +49,8 @@ def converted(old: Codec, new: Codec, parts: dict[str, Tensor], shape: tuple[int
         def piece(codec: Codec, suffix: str, first: int = first, last: int = last) -> slice:
             return slice(*(codec.part_shape(suffix, (end, *shape[1:]))[0] for end in (first, last)))
 
-        value = old.decode({suffix: part[:, piece(old, suffix)] for suffix, part in parts.items()})
+        some = {suffix: part[:, piece(old, suffix)] for suffix, part in parts.items()}
+        value = decoded(old, some, (1, last - first, *shape[1:]))
         for suffix, part in new.encode(value, None).items():
             fresh[suffix][:, piece(new, suffix)] = part
     return fresh

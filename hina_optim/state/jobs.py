@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hina_optim.state.blockwise import BlockCodec, LogCodec
 from hina_optim.state.conversion import converted
-from hina_optim.state.portable import COUNTERS, Metadata, codec_of, form_of, slots_of
+from hina_optim.state.portable import COUNTERS, Metadata, codec_of, form_of, saved_as, slots_of
 from hina_optim.state.precision import Codec, Storage, TensorCodec, codec_for
-from hina_optim.state.regions import Box, block_boxes, covering_scales, decode_elements, numel, whole
+from hina_optim.state.regions import Box, block_boxes, covering_scales, decode_elements, fits, neighbors, numel, whole
 
 if TYPE_CHECKING:
     from hina_optim.engine.bucket import Member
@@ -143,7 +143,7 @@ class Receiver:
             self._fixed(name, slot.shape, source, target)
         else:
             self._like(name, source, target, home)
-        old, new = _words(form), _words(form_of(target))
+        old, new = _words(form), _words(form_of(saved_as(target)))
         if old != new:
             self.conversions[old, new] += 1
 
@@ -157,10 +157,11 @@ class Receiver:
         param, shard = self.member.param, self.member.shard
         local = tuple(self.optimizer._layout.local(param).shape)
         boxes = tuple(shard.boxes())
-        if shard.slices is not None and isinstance(target, BlockCodec) and block_boxes(shard, local, target) is None:
+        each = neighbors(target)
+        if shard.slices is not None and each > 1 and not fits(shard, local, each):
             raise ValueError(
                 f"{self.owner}: {self.name} {shard.shape} is cut between columns, {local} here, which cuts the blocks "
-                f"of {target.block} elements in which 8 bits store {name!r}: give its group state_precision='bf16', or "
+                f"of {each} elements in which 8 bits store {name!r}: give its group state_precision='bf16', or "
                 "shard it along dimension 0."
             )
 
@@ -169,15 +170,15 @@ class Receiver:
             return Read(self._key(name + suffix), shape, codec.parts[suffix], boxes, home)
 
         reads = [read(source, "", boxes)]
-        fits = True
+        whole_blocks = True
         if isinstance(source, BlockCodec):
             scales = block_boxes(shard, local, source)
-            fits = scales is not None
+            whole_blocks = scales is not None
             reads.append(read(source, "_scale", covering_scales(shard, source) if scales is None else scales))
-        direct = fits and form_of(source) == form_of(target)
+        direct = whole_blocks and saved_as(target) is target and form_of(source) == form_of(target)
 
         def build(values: Sequence[Tensor]) -> dict[str, Tensor]:
-            if isinstance(source, BlockCodec) and not fits:
+            if isinstance(source, BlockCodec) and not whole_blocks:
                 old: Codec = TensorCodec(source.compute, source.compute)
                 stored = {"": decode_elements(shard, source, values[0], values[1]).view(1, *local)}
             else:

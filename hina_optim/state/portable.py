@@ -4,8 +4,9 @@
 the tensor that one process with everything whole would store. :func:`hina_optim.state.receiving.receiving` checks
 metadata against an optimizer and says which boxes it needs; whoever stores the pieces reads those and hands them over.
 
-A number is saved as it is stored. The exception is 8-bit state with a scale for each block, where a flat partition cuts
-a block on any rank: there the decoded values are saved, and encoded again when they are loaded.
+A number is saved as it is stored, with two exceptions. Signs, four of which share a byte, are saved in a byte each:
+then any cut is one between bytes. And of 8-bit state with a scale for each block, where a flat partition cuts a block
+on any rank, the decoded values are saved, and encoded again when they are loaded.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from hina_optim.state.blockwise import BlockCodec, LogCodec
+from hina_optim.state.conversion import converted
 from hina_optim.state.names import plain_name
 from hina_optim.state.plain import dtype_named, to_plain
 from hina_optim.state.precision import Codec, Storage, TensorCodec, codec_for
 from hina_optim.state.regions import Box, block_boxes, whole
+from hina_optim.state.signs import SignCodec
 from hina_optim.state.slot import Slot
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ __all__ = [
     "form_of",
     "members",
     "names_of",
+    "saved_as",
     "slots_of",
 ]
 
@@ -230,7 +234,7 @@ class _Held:
             return {"form": "zero"}
         if not self._blocks.get(name, True):
             return {**form_of(TensorCodec(codec.compute, codec.compute)), "decoded": form_of(codec)}
-        form = form_of(codec)
+        form = form_of(saved_as(codec))
         return form if slot.shape == "like" else {**form, "shape": list(slot.shape)}
 
     def pieces(self, name: str) -> list[Piece]:
@@ -248,6 +252,9 @@ class _Held:
                 read = self._decoder(slot_name)
                 shard = self._member.shard
                 found.append(Piece(f"{name}/{slot_name}", shard.shape, codec.compute, tuple(shard.boxes()), read))
+            elif isinstance(codec, SignCodec):
+                shard, read = self._member.shard, self._unpacker(slot_name, codec)
+                found.append(Piece(f"{name}/{slot_name}", shard.shape, torch.int8, tuple(shard.boxes()), read))
             else:
                 found += [self._part(name, slot_name, suffix) for suffix in codec.parts]
         return found
@@ -276,6 +283,21 @@ class _Held:
             return value.reshape(-1)
 
         return read
+
+    def _unpacker(self, slot_name: str, codec: SignCodec) -> Callable[[], Tensor]:
+        packed = self._reader(slot_name)
+        shape = self._local_shape
+
+        def read() -> Tensor:
+            parts = {"": packed().view(1, *codec.part_shape("", shape))}
+            return converted(codec, saved_as(codec), parts, shape)[""].reshape(-1)
+
+        return read
+
+
+def saved_as(codec: Codec) -> Codec:
+    """How state is saved that is stored so: as it is, but that every sign has a byte of its own."""
+    return TensorCodec(torch.int8, codec.compute) if isinstance(codec, SignCodec) else codec
 
 
 def form_of(codec: Codec) -> Metadata:

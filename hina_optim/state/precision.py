@@ -6,7 +6,7 @@ and scales of a blockwise format): its *parts*, each a suffix of the state name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from hina_optim.state.blockwise import BlockCodec, LogCodec
 from hina_optim.state.rounding import round_stochastic
+from hina_optim.state.signs import SignCodec
 from hina_optim.state.slot import Slot
 
-__all__ = ["PRECISIONS", "Codec", "Storage", "TensorCodec", "codec_for", "compute_dtype"]
+__all__ = ["PRECISIONS", "Codec", "Storage", "TensorCodec", "codec_for", "compute_dtype", "decoded"]
 
 #: Values of the argument ``state_precision``, highest first.
 PRECISIONS = ("fp32", "bf16", "8bit")
@@ -48,10 +49,10 @@ class Codec(Protocol):
         """Whether only whole rows (of the matrix view) can be stored: blocks lie within a row."""
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
-        """Stored → float32."""
+        """Stored → float32; behind the end of a row, there may be what fills its last byte (:func:`decoded`)."""
 
     def encode(self, value: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
-        """float32 → stored. ``noise``: 31 uniform bits, int32 ≥ 0, of the same shape, if :attr:`noisy`."""
+        """float32 → stored. ``noise``: 16 uniform bits, int32 in [0, 65535], of the same shape, if :attr:`noisy`."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,8 @@ def codec_for(slot: Slot, storage: Storage, param_dtype: torch.dtype, shape: tup
 
     In 8 bits: what has a code, in parameters of ``min_8bit_size`` elements and rows of :data:`SHORTEST_ROW` (fixed
     levels need no rows); smaller parameters stay in fp32, what has short rows or no code in bf16. Of a vector, whose
-    blocks a shard would cut anywhere, moments stay in bf16. It is decided on the global shape, so that sharding changes
-    nothing.
+    blocks a shard would cut anywhere, moments stay in bf16. Signs share bytes where moments share scales, and take a
+    byte each elsewhere. It is decided on the global shape, so that sharding changes nothing.
 
     Args:
         slot: What is to be stored.
@@ -144,22 +145,34 @@ def codec_for(slot: Slot, storage: Storage, param_dtype: torch.dtype, shape: tup
         shape: Its global shape.
     """
     compute = compute_dtype(param_dtype)
+    numel = torch.Size(shape).numel()
+    row = numel // shape[0] if len(shape) > 1 and shape[0] else 0
+    large = storage.force_8bit or numel >= storage.min_8bit_size
+    blocks = large and (row >= SHORTEST_ROW or (storage.force_8bit and row > 0))
     if slot.precision == "int8":
-        return TensorCodec(torch.int8, compute)
+        packs = storage.precision == "8bit" and slot.code == "ternary" and blocks
+        return SignCodec(compute) if packs else TensorCodec(torch.int8, compute)
     if slot.precision == "param":
         return TensorCodec(param_dtype, compute)
     if slot.precision == "fp32" or storage.precision == "fp32" or slot.shape != "like":
         return TensorCodec(compute, compute)
     if storage.precision == "8bit":
-        numel = torch.Size(shape).numel()
-        row = numel // shape[0] if len(shape) > 1 and shape[0] else 0
-        if not storage.force_8bit and numel < storage.min_8bit_size:
+        if not large:
             return TensorCodec(compute, compute)
         if isinstance(slot.code, tuple):
             return LogCodec(*slot.code, compute=compute)
-        if slot.code is not None and (row >= SHORTEST_ROW or (storage.force_8bit and row)):
+        if slot.code is not None and blocks:
             return BlockCodec(slot.code == "signed", compute=compute, stochastic=slot.slow)
     return TensorCodec(torch.bfloat16, compute, stochastic=True)
+
+
+def decoded(codec: Codec, parts: dict[str, Tensor], shape: Sequence[int]) -> Tensor:
+    """The value of shape ``[N, *shape]`` that is stored in ``parts``."""
+    value = codec.decode(parts)
+    if not isinstance(codec, SignCodec):
+        return value
+    row = int(torch.Size(shape[2:] if len(shape) > 2 else shape[1:]).numel())
+    return value[..., :row].reshape(shape)
 
 
 def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:

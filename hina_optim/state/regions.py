@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from hina_optim.state.blockwise import BlockCodec
+from hina_optim.state.precision import Codec
 from hina_optim.state.shard import Shape, Shard
+from hina_optim.state.signs import PER_BYTE, SignCodec
 
-__all__ = ["Box", "block_boxes", "covering_scales", "decode_elements", "numel", "whole"]
+__all__ = ["Box", "block_boxes", "covering_scales", "decode_elements", "fits", "neighbors", "numel", "whole"]
 
 #: ``(offset, size)`` in every dimension.
 Box = tuple[Shape, Shape]
@@ -34,6 +36,38 @@ def _columns(shape: Shape) -> int:
     return numel(shape[1:]) if len(shape) > 1 else numel(shape)
 
 
+def neighbors(codec: Codec) -> int:
+    """How many elements of a row share a scale, or a byte."""
+    match codec:
+        case BlockCodec():
+            return codec.block
+        case SignCodec():
+            return PER_BYTE
+    return 1
+
+
+def fits(shard: Shard, local_shape: Shape, each: int) -> bool:
+    """Whether so many neighbors in a row here, from its beginning on, are such of the whole parameter.
+
+    Args:
+        shard: What is here.
+        local_shape: The shape in which it lies here.
+        each: How many.
+    """
+    columns = _columns(shard.shape)
+    if shard.offset is not None and shard.size is not None:
+        if shard.size[2:] != shard.shape[2:]:
+            return False
+        inner = numel(shard.shape[2:])
+        begin, end = shard.offset[1] * inner, (shard.offset[1] + shard.size[1]) * inner
+        return begin % each == 0 and (end % each == 0 or end == columns)
+    first, last = shard.start // columns, (shard.stop - 1) // columns
+    begin, end = shard.start - first * columns, shard.stop - last * columns
+    if first == last or columns % each == 0:
+        return begin % each == 0 and (end % each == 0 or end == columns)
+    return len(local_shape) > 1 and begin == 0 and end == columns
+
+
 def block_boxes(shard: Shard, local_shape: Shape, codec: BlockCodec) -> tuple[Box, ...] | None:
     """Boxes of a shard's scales in those of the parameter, in the order in which they lie here.
 
@@ -48,24 +82,16 @@ def block_boxes(shard: Shard, local_shape: Shape, codec: BlockCodec) -> tuple[Bo
     if not shard.numel:
         return ()
     block, columns = codec.block, _columns(shard.shape)
+    if not fits(shard, local_shape, block):
+        return None
     scales = codec.part_shape("_scale", shard.shape)
     per_row = -(-columns // block)
     if shard.offset is not None and shard.size is not None:
-        if shard.size[2:] != shard.shape[2:]:
-            return None
-        each = numel(shard.shape[2:])
-        begin, end = shard.offset[1] * each, (shard.offset[1] + shard.size[1]) * each
-        if begin % block or (end % block and end != columns):
-            return None
+        inner = numel(shard.shape[2:])
+        begin, end = shard.offset[1] * inner, (shard.offset[1] + shard.size[1]) * inner
         return (((shard.offset[0], begin // block), (shard.size[0], -(-(end - begin) // block))),)
     first, last = shard.start // columns, (shard.stop - 1) // columns
     begin, end = shard.start - first * columns, shard.stop - last * columns
-    if first == last or columns % block == 0:
-        fits = begin % block == 0 and (end % block == 0 or end == columns)
-    else:
-        fits = len(local_shape) > 1 and begin == 0 and end == columns
-    if not fits:
-        return None
     return tuple(Shard(scales, first * per_row + begin // block, last * per_row + -(-end // block)).boxes())
 
 

@@ -25,7 +25,7 @@ class Slot:
             ``"fp32"`` never goes lower; ``"param"`` is the parameter's own dtype (exact for a copy of the weights);
             ``"int8"`` holds small integers exactly.
         code: How 8 bits hold it: ``"signed"`` or ``"unsigned"`` values in blocks with a scale, or fixed levels; None
-            for what needs 16 bits.
+            for what needs 16 bits. ``"ternary"``, with precision ``"int8"``: it is -1, 0 or 1, which takes 2 bits.
         slow: True if one step changes it by less than 8 bits tell apart: then they are rounded stochastically.
         constant: If True, a parameter whose first value is zero everywhere keeps one zero instead of a full tensor.
             Only for state that never changes (an anchor).
@@ -35,7 +35,7 @@ class Slot:
     shape: Literal["like"] | tuple[int, ...] = "like"
     init: Init = 0.0
     precision: Precision = "state"
-    code: Literal["signed", "unsigned"] | Levels | None = None
+    code: Literal["signed", "unsigned", "ternary"] | Levels | None = None
     slow: bool = False
     constant: bool = False
 
