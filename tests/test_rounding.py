@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hina_optim import HinaAdaptive
 from hina_optim.state.precision import Storage, TensorCodec, codec_for
-from hina_optim.state.rounding import element_words, param_seeds, round_stochastic, stream_noise
+from hina_optim.state.rounding import STREAMS, element_words, param_seeds, round_stochastic, stream_noise
 from hina_optim.state.slot import Slot
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -62,7 +62,7 @@ def test_what_is_representable_stays(dtype: torch.dtype) -> None:
     """All 65,536 bit patterns, subnormal numbers, zeros of both signs and infinities: no noise moves them."""
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
     every = every[~every.isnan()]
-    most = torch.full((1, every.numel()), 0x7FFFFFFF, dtype=torch.int32)
+    most = torch.full((1, every.numel()), 0xFFFF, dtype=torch.int32)
     least = torch.zeros_like(most)
     for bits in (most, least, noise((every.numel(),))):
         rounded = round_stochastic(every.float()[None], bits, dtype)[0]
@@ -71,14 +71,19 @@ def test_what_is_representable_stays(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", LOW)
 def test_not_a_number_stays_one(dtype: torch.dtype) -> None:
-    x = torch.tensor([math.nan, -math.nan, math.inf, -math.inf])
-    assert torch.equal(round_stochastic(x, noise((4,))[0], dtype).isnan(), torch.tensor([True, True, False, False]))
+    """Not even one whose bits the carry would turn into those of a number (all ones: the NaN that a GPU makes)."""
+    patterns = [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001, 0x7F800000, -(1 << 23)]
+    x = torch.tensor(patterns, dtype=torch.int32).view(torch.float32)
+    for bits in (0, 1, 0xFFFF):
+        rounded = round_stochastic(x, torch.full((6,), bits, dtype=torch.int32), dtype)
+        assert torch.equal(rounded.isnan(), torch.tensor([True, True, True, True, False, False]))
+        assert torch.equal(rounded[4:].float(), torch.tensor([math.inf, -math.inf]))
 
 
 def test_beyond_the_range() -> None:
     """What is too large for float16 becomes infinite, as in a cast; what fits does not."""
     x = torch.tensor([65504.0, 65600.0, -70000.0, 1e30])
-    for bits in (0, 0x7FFFFFFF):
+    for bits in (0, 0xFFFF):
         rounded = round_stochastic(x, torch.full((4,), bits, dtype=torch.int32), FP16)
         assert rounded[0] == 65504.0
     assert torch.equal(rounded[1:], torch.tensor([math.inf, -math.inf, math.inf], dtype=FP16))
@@ -101,13 +106,75 @@ def test_rounding_is_monotonic_and_odd(dtype: torch.dtype) -> None:
 def test_noise_is_uniform_and_independent() -> None:
     """Every bit is set half of the time, whatever the others; neighbors in any direction do not know of each other."""
     draws = noise((64, 256), keys=list(range(16)))
-    assert draws.dtype == torch.int32 and (draws >= 0).all()
-    bits = torch.stack([(draws >> b) & 1 for b in range(31)]).double()
+    assert draws.dtype == torch.int32 and draws.min() == 0 and draws.max() == 0xFFFF
+    bits = torch.stack([(draws >> b) & 1 for b in range(16)]).double()
     count = draws.numel()
     assert (bits.mean((1, 2, 3)) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(count)
-    unit = draws.double() / 2**31 - 0.5
+    unit = (draws.double() + 0.5) / 2**16 - 0.5
     for other in (unit.roll(1, 0), unit.roll(1, 1), unit.roll(1, 2), unit.roll(64, 2)):
         assert abs(float((unit * other).mean()) * 12) < 5 / math.sqrt(count)
+
+
+@pytest.mark.parametrize("stream", [0, 1, 5, 17])
+@pytest.mark.parametrize("step", [0, 1, 1000])
+def test_noise_has_no_period(step: int, stream: int) -> None:
+    """Of all distances between two elements there is none at which draws agree more than by chance."""
+    n = 1 << 18
+    unit = (noise((n,), step=step, stream=stream)[0].double() + 0.5) / 2**16 - 0.5
+    power = torch.fft.rfft(torch.cat([unit, torch.zeros(n)])).abs().square()
+    correlation = torch.fft.irfft(power)[1 : n // 2] * 12 / n
+    assert correlation.abs().max() * math.sqrt(n) < 6
+    assert torch.fft.rfft(unit).abs().square()[1:].max() * 12 / n < 25
+
+
+def test_streams_of_one_word_are_independent() -> None:
+    """Draws that are multiples of one word: in pairs, they fill the square evenly, and no draw of one moves another."""
+    n, streams = 1 << 18, 20
+    draws = torch.cat([noise((n,), seed=4, stream=k) for k in range(streams)])
+    unit = (draws.double() + 0.5) / 2**16 - 0.5
+    correlation = torch.corrcoef(unit) - torch.eye(streams)
+    assert correlation.abs().max() * math.sqrt(n) < 5.5
+    cells, expected = 32, n / 32**2
+    for a in range(streams):
+        for b in range(a):
+            pair = (draws[a] // 2048) * cells + draws[b] // 2048
+            excess = (pair.bincount(minlength=cells**2) - expected).square().sum() / expected - (cells**2 - 1)
+            assert excess < 7 * math.sqrt(2 * cells**2)
+
+
+def test_multipliers_of_streams_share_no_coarse_lattice() -> None:
+    """What their comment says: the shortest vector between (a·w, b·w) mod 2³², by Gauss's reduction."""
+    assert all(a % 2 for a in STREAMS) and len(set(STREAMS)) == len(STREAMS)
+    for a in STREAMS:
+        for b in STREAMS:
+            if a != b:
+                ratio = b * pow(a, -1, 1 << 32) % (1 << 32)
+                assert shortest((1 << 32, 0), (ratio, 1)) > 1 << 14
+
+
+def shortest(u: tuple[int, int], v: tuple[int, int]) -> float:
+    """Length of the shortest vector of a lattice of two dimensions."""
+    while True:
+        (u0, u1), (v0, v1) = u, v
+        length = v0 * v0 + v1 * v1
+        times = (2 * (u0 * v0 + u1 * v1) + length) // (2 * length)
+        u0, u1 = u0 - times * v0, u1 - times * v1
+        if u0 * u0 + u1 * u1 >= length:
+            return math.sqrt(length)
+        u, v = v, (u0, u1)
+
+
+def test_noise_of_an_element_is_uniform_over_time() -> None:
+    """Of one element, over 100,000 steps: every sixteenth of the range as often, whatever it was the step before."""
+    steps = 100_000
+    seeds = torch.cat([param_seeds(torch.tensor([5], dtype=torch.int32), 0, step) for step in range(0, steps, 50)])
+    index = torch.full((1, 50), 77, dtype=torch.int32) + torch.arange(50, dtype=torch.int32) * 1000
+    draws = stream_noise(element_words(seeds[:, None], index), 3)
+    counts = torch.stack([row.bincount(minlength=16) for row in (draws >> 12).T]).double()
+    each = steps / 50
+    assert ((counts - each / 16).square().sum(1) / (each / 16) - 15).abs().max() < 5.5 * math.sqrt(30)
+    unit = draws.double() / 2**16 - 0.5
+    assert ((unit[1:] * unit[:-1]).mean(0) * 12).abs().max() * math.sqrt(each) < 5
 
 
 def test_noise_is_the_same_again_and_differs_by_everything() -> None:

@@ -19,11 +19,7 @@ from hina_optim.reference import adaptation
 from hina_optim.techniques import relationships as module
 from hina_optim.techniques.base import Flow, ParamInfo, PeriodicTechnique
 from hina_optim.techniques.importance import ImportanceScaling
-from hina_optim.techniques.relationships import (
-    Relationships,
-    describe_relationships,
-    random_signs,
-)
+from hina_optim.techniques.relationships import Relationships, describe_relationships
 
 DOUBLE = torch.float64
 State = dict[str, Tensor]
@@ -424,20 +420,6 @@ def test_the_table_of_pairs_is_never_whole():
     alike[1::2] = alike[2998] = -1
     assert new["relation_partners"][2998, 1] == alike.argmax()
     torch.testing.assert_close(new["relation_scores"][2998, 1], 0.35 + 0.3 * alike.max())
-
-
-def test_random_signs_are_balanced_and_the_same_for_a_shard():
-    index = torch.arange(1 << 16)
-    signs = random_signs(index)
-    assert set(signs.tolist()) == {-1, 1}
-    assert abs(float(signs.double().mean())) < 0.02
-    # not periodic in the buckets of the sketch, nor alike from one element to the next
-    assert (signs.reshape(-1, 64).double().mean(0).abs() < 0.15).all()
-    assert abs(float((signs[1:] * signs[:-1]).double().mean())) < 0.02
-    assert torch.equal(random_signs(index[1000:2000]), signs[1000:2000])
-    assert torch.equal(random_signs(index.to(torch.int32)), signs)
-    far = random_signs(torch.arange(1000) + (1 << 40))
-    assert abs(float(far.double().mean())) < 0.1
 
 
 def test_which_parameters_are_compared():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -160,6 +161,32 @@ def test_neighborhood_variance_of_known_patches() -> None:
     torch.testing.assert_close(variance[0, 2, 1], x[0, 1:3, :3].var(correction=0))
     # a large common offset does not drown the small differences
     torch.testing.assert_close(neighborhood_variance(x + 2**20, (1, 2)), variance)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((2, 6, 7), (1, 2)),
+        ((1, 2, 1), (1, 2)),
+        ((1, 1, 2), (1, 2)),
+        ((1, 3, 2), (1, 2)),
+        ((2, 2, 2, 3, 2, 4), (3, 4, 5)),
+    ],
+    ids=str,
+)
+def test_neighborhood_variance_by_definition(shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
+    x = randn(*shape).double()
+    variance = neighborhood_variance(x, axes)
+    for place in itertools.product(*(range(size) for size in shape)):
+        around = [slice(max(i - 1, 0), i + 2) if dim in axes else slice(i, i + 1) for dim, i in enumerate(place)]
+        torch.testing.assert_close(variance[place], x[tuple(around)].var(correction=0), rtol=1e-12, atol=0)
+
+
+def test_neighborhood_variance_of_equal_elements_is_exactly_zero() -> None:
+    x = torch.full((1, 9, 9), 0.1)
+    x[:, :, 6:] = -37.7
+    variance = neighborhood_variance(x, (1, 2))
+    assert (variance[:, :, :5] == 0).all() and (variance[:, :, 7:] == 0).all() and (variance[:, :, 5:7] > 0).all()
 
 
 # background regularization

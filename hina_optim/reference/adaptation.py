@@ -78,10 +78,15 @@ def importance_rates(scores: Sequence[float], adaptation_strength: float) -> lis
 
 def _sign(index: int) -> int:
     """A sign hashed from a flat index: part of the definition of a sketch."""
-    x = (index ^ (index >> 32)) % 2**32
-    for _ in range(2):
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) % 2**32
-    return -1 if (x >> 16) % 2 else 1
+    x = _int32(index * 0x9E3779B9)
+    x = _int32((x ^ (x >> 15)) * 0x2C1B3C6D)
+    x = _int32((x ^ (x >> 16)) * 0x297A2D39)
+    return -1 if x < 0 else 1
+
+
+def _int32(x: int) -> int:
+    """What is left of an integer in 32 bits, the upper one its sign."""
+    return (x + 2**31) % 2**32 - 2**31
 
 
 def sketch(grad: Tensor, size: int = 64) -> list[float]:

@@ -1,4 +1,4 @@
-"""State in 8 bits and less: blocks with a scale, levels on a log scale, and packed signs.
+"""State in 8 bits: blocks with a scale, and levels on a log scale.
 
 All codecs are element-wise but for the scale of a block, and blocks lie inside a row of the matrix view (first
 dimension × all others; a vector is one row): a range of rows is a range of every part. They take ``[N, *shape]`` or
@@ -17,9 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hina_optim.state.codebooks import CELL_BITS, Tables, dynamic_tables, log_tables, sign_tables
+from hina_optim.state.codebooks import CELL_BITS, Tables, dynamic_tables, log_tables
 
-__all__ = ["BlockCodec", "LogCodec", "SignCodec"]
+__all__ = ["BlockCodec", "LogCodec"]
 
 #: The lowest level of the signed map.
 LOWEST = -0.992968738079071
@@ -41,16 +41,21 @@ def _line_shape(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
     return (shape[0], -(-torch.Size(shape[1:]).numel() // size))
 
 
-def _peaks(lines: Tensor, block: int) -> Tensor:
-    """Largest absolute value of each block, ``[…, columns]`` → ``[…, blocks]``."""
+def _extremes(lines: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Largest and smallest value of each block, ``[…, columns]`` → ``[…, blocks]``."""
     columns = lines.shape[-1]
     if columns <= block:
-        return lines.abs().amax(-1, keepdim=True) if columns else lines
+        return (lines.amax(-1, keepdim=True), lines.amin(-1, keepdim=True)) if columns else (lines, lines)
     whole = columns // block * block
-    peaks: Tensor = lines[..., :whole].unflatten(-1, (-1, block)).abs().amax(-1)
+    head = lines[..., :whole].unflatten(-1, (-1, block))
+    largest, smallest = head.amax(-1), head.amin(-1)
     if columns == whole:
-        return peaks
-    return torch.cat([peaks, lines[..., whole:].abs().amax(-1, keepdim=True)], -1)
+        return largest, smallest
+    tail = lines[..., whole:]
+    return (
+        torch.cat([largest, tail.amax(-1, keepdim=True)], -1),
+        torch.cat([smallest, tail.amin(-1, keepdim=True)], -1),
+    )
 
 
 def _times(lines: Tensor, scale: Tensor, block: int) -> Tensor:
@@ -67,6 +72,18 @@ def _times(lines: Tensor, scale: Tensor, block: int) -> Tensor:
     return torch.cat([head.flatten(-2), lines[..., whole:] * scale[..., -1:]], -1)
 
 
+def _scale_(lines: Tensor, scale: Tensor, block: int) -> Tensor:
+    """:func:`_times` in place."""
+    columns = lines.shape[-1]
+    blocks = columns // block
+    whole = blocks * block
+    if whole:
+        lines[..., :whole].unflatten(-1, (blocks, block)).mul_(scale[..., :blocks].unsqueeze(-1))
+    if whole < columns:
+        lines[..., whole:].mul_(scale[..., blocks:])
+    return lines
+
+
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
     # index_select with 32-bit indices is three to five times as fast as indexing on a CPU
     found: Tensor = table.index_select(0, index.reshape(-1)).view(index.shape)
@@ -74,21 +91,20 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
 
 
 def _codes(table: Tensor, key: Tensor, shift: int) -> Tensor:
-    """The code of each key from a table of cells; ``key`` (of the caller's own making) is used up."""
-    codes = _look_up(table, key >> shift)
-    return codes.add_(key.bitwise_and_((1 << shift) - 1)).bitwise_right_shift_(shift)
+    """The code of each key from a table of cells."""
+    return _look_up(table, key >> shift).add_(key).bitwise_right_shift_(shift)
 
 
-def _uniform(noise: Tensor) -> Tensor:
-    """31 random bits → float32 in [0, 1)."""
-    return (noise >> 7).to(torch.float32) * 2.0**-24
+def _promote(value: Tensor, codes: Tensor, tables: Tables, noise: Tensor | None) -> Tensor:
+    """The next level instead of the one below as often as the fraction of the way to it says; the nearer without noise.
 
-
-def _promote(value: Tensor, codes: Tensor, tables: Tables, threshold: Tensor | float) -> Tensor:
-    """The next level instead of the one below where the fraction of the way to it is above the threshold in [0, 1)."""
+    The fraction, in [0, 1] where there are levels on both sides and in (-1, 0] elsewhere, is exactly 0 at a level. With
+    the noise, a multiple of 2⁻¹⁶ in [0, 1), it reaches 1 or does not, and is cut off.
+    """
     below = _look_up(tables.levels, codes)
     fraction = torch.sub(value, below).mul_(_look_up(tables.per_gap, codes))
-    return fraction.sub_(threshold).ceil_().clamp_(0, 1).to(torch.int32).add_(codes)
+    fraction = fraction.add_(0.5) if noise is None else fraction.add_(noise, alpha=2.0**-16)
+    return fraction.to(torch.int32).add_(codes)
 
 
 @dataclass(frozen=True)
@@ -143,22 +159,24 @@ class BlockCodec:
         """``scale · level[code]``."""
         codes, scale = parts[""], parts["_scale"]
         levels = self._tables.on(codes.device).levels
-        lines = _times(_look_up(levels, _lines(codes).to(torch.int32)), scale, self.block)
+        lines = _scale_(_look_up(levels, _lines(codes).to(torch.int32)), scale, self.block)
         return lines.reshape(codes.shape).to(self.compute)
 
     def encode(self, value: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
         """Scales and codes; ``noise`` only if :attr:`stochastic`: without it, the nearest level is taken."""
         lines = _lines(value).to(torch.float32)
+        largest, smallest = _extremes(lines, self.block)
         # an average that is stored again and again must not lose the 0.7 % by which the lowest level falls short of -1
-        lean = self.signed and noise is not None
-        scale = _peaks(torch.maximum(lines, lines / LOWEST) if lean else lines, self.block)
+        lowest = LOWEST if self.signed and noise is not None else -1.0
+        scale = torch.maximum(largest, smallest / lowest).abs()
         unit = _times(lines, 1 / scale.clamp(min=SMALLEST_SCALE), self.block)
         bits = unit.view(torch.int32)
-        key = (bits >> 31).bitwise_xor_(bits)
+        # without a sign, what is negative becomes 0, here and (the same memory) in what is rounded at random below
+        key = (bits >> 31).bitwise_xor_(bits) if self.signed else bits.clamp_(min=0)
         tables = self._tables.on(value.device)
         codes = _codes(tables.nearest if noise is None else tables.floor, key, CELL_BITS)
         if noise is not None:
-            codes = _promote(unit, codes, tables, _uniform(noise.reshape(unit.shape)))
+            codes = _promote(unit, codes, tables, noise.reshape(unit.shape))
         return {"": codes.to(torch.uint8).reshape(value.shape), "_scale": scale}
 
 
@@ -220,56 +238,5 @@ class LogCodec:
             codes = torch.bucketize(inside, tables.levels[1:], out_int32=True, right=True)
         else:
             codes = _codes(tables.floor, bits - tables.first, tables.shift)
-        codes = _promote(inside, codes, tables, 0.5 if noise is None else _uniform(noise))
+        codes = _promote(inside, codes, tables, noise)
         return {"": codes.to(torch.uint8)}
-
-
-@dataclass(frozen=True)
-class SignCodec:
-    """Values -1, 0 and 1 in 2 bits each, four neighbors of a row in a byte.
-
-    Attributes:
-        rest: Shape of the parameter after its first dimension. A row must have a multiple of 4 elements, and so must a
-            vector.
-        compute: dtype of decoded values.
-
-    Raises:
-        ValueError: A row does not fill whole bytes.
-    """
-
-    rest: tuple[int, ...] = ()
-    compute: torch.dtype = torch.float32
-    by_rows: ClassVar[bool] = True
-    _tables: Tables = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_tables", sign_tables())
-        if self.rest and torch.Size(self.rest).numel() % 4:
-            raise ValueError(f"SignCodec: rows of shape {self.rest} do not have a multiple of 4 elements.")
-
-    @property
-    def parts(self) -> dict[str, torch.dtype]:
-        """Bytes."""
-        return {"": torch.uint8}
-
-    def part_shape(self, suffix: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """``(rows, bytes of a row)``, ``(bytes,)`` of a vector."""
-        return _line_shape(shape, 4)
-
-    @property
-    def noisy(self) -> bool:
-        """False: exact."""
-        return False
-
-    def decode(self, parts: dict[str, Tensor]) -> Tensor:
-        """Bytes → ``[N, rows, *rest]``, or ``[N, m]`` of a vector or a flat range."""
-        fours = _look_up(self._tables.on(parts[""].device).floor, parts[""].to(torch.int32))
-        signs = fours.view(torch.int8).to(self.compute)
-        return signs.unflatten(-1, self.rest) if signs.ndim == 3 and len(self.rest) > 1 else signs
-
-    def encode(self, value: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
-        """Four values a byte, the first in the lowest bits."""
-        lines = _lines(value)
-        packed = lines[..., 0::4] + 4 * lines[..., 1::4]
-        packed = packed.add_(lines[..., 2::4], alpha=16).add_(lines[..., 3::4], alpha=64)
-        return {"": packed.add_(85).to(torch.uint8)}

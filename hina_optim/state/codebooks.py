@@ -4,9 +4,10 @@ The bits of floats, read as integers, are in the order of the values. Cut into c
 at most one boundary between two codes falls into a cell, one table entry a cell holds the code at its beginning and the
 place of the boundary, as one integer whose carry is the comparison::
 
-    code = (bits mod 2^shift + entry) >> shift      entry = (code at the beginning) · 2^shift + 2^shift - place
+    code = (bits + entry) >> shift      entry = (code at the beginning + 1) · 2^shift - (bits at the boundary)
 
-which is exact for every float. On a CPU it takes a twentieth of the time of a binary search.
+(without a boundary in the cell, ``entry = code · 2^shift - (bits at the beginning)``), which is exact for every float.
+On a CPU it takes a twentieth of the time of a binary search.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["CELL_BITS", "Tables", "dynamic_map", "dynamic_tables", "log_levels", "log_tables", "order", "sign_tables"]
+__all__ = ["CELL_BITS", "Tables", "dynamic_map", "dynamic_tables", "log_levels", "log_tables", "order"]
 
 #: Low bits of a float inside a cell of :func:`unit_table`: sign, exponent and 7 bits of fraction choose the cell.
 CELL_BITS = 16
@@ -86,7 +87,7 @@ def cell_table(boundaries: Tensor, starts: Tensor, shift: int) -> Tensor:
 
     Args:
         boundaries: Ascending int64: the :func:`order` of the first value of each next code.
-        starts: The order of the first value of each cell.
+        starts: The order of the first value of each cell. The bits that are looked up count from 0 at the first cell.
         shift: Cells have ``2^shift`` values.
 
     Raises:
@@ -98,7 +99,7 @@ def cell_table(boundaries: Tensor, starts: Tensor, shift: int) -> Tensor:
         raise ValueError(f"cells of 2^{shift} values are too coarse for these boundaries")
     beyond = torch.cat([boundaries, boundaries.new_zeros(1)])
     carry = torch.where(after > code, (1 << shift) - (beyond[code] - starts), 0)
-    return ((code << shift) + carry).to(torch.int32)
+    return (((code - torch.arange(len(starts))) << shift) + carry).to(torch.int32)
 
 
 def cell_shift(boundaries: Tensor) -> int:
@@ -183,13 +184,3 @@ def log_tables(low: float, start: float, high: float) -> Tables:
             return Tables(levels, per_gap, none, none, -1, first, last)
         floor = cell_table(places[1:], torch.arange(first, last + 1, 1 << shift), shift)
         return Tables(levels, per_gap, floor, none, shift, first, last)
-
-
-@lru_cache(maxsize=1)
-def sign_tables() -> Tables:
-    """``floor``: byte → its four signs, as the bytes of an integer."""
-    with torch.device("cpu"):
-        fields = torch.arange(256).unsqueeze(-1) >> torch.arange(0, 8, 2) & 3
-        fours = (fields - 1).to(torch.int8).view(torch.int32).flatten()
-        none = torch.zeros(0, dtype=torch.float32)
-        return Tables(none, none, fours, fours, 0, 0, 0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hina_optim.techniques.base import Flow, Sums
+from hina_optim.techniques.products import inner
 from hina_optim.techniques.weight_decay import ScheduledDecay
 
 __all__ = ["AdaDecay"]
@@ -57,16 +58,16 @@ class AdaDecay(ScheduledDecay):
     def sums(self, flow: Flow) -> Sums:
         """Magnitudes and squares of the gradient."""
         grad = flow["grad"]
-        return {"magnitude": grad.abs(), "squares": grad.square()}
+        return {"magnitude": grad.abs(), "squares": inner(grad, grad)}
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Set the decay of every element."""
-        count = max(flow.count, 1.0)
+        count = flow.count
         mean, mean_square = totals["magnitude"] / count, totals["squares"] / count
         variance = (mean_square - mean.square()).clamp(min=0) + SPREAD_FLOOR**2 * mean_square
         usable = (variance > 0) & torch.isfinite(variance)
         steepness = torch.where(usable, ALPHA * torch.rsqrt(torch.where(usable, variance, 1)), 0)
         # the mean of a usable parameter is finite, but that of another may overflow: infinity times zero
         center = steepness * torch.where(usable, mean, 0)
-        factor = 2 * torch.sigmoid(flow["grad"].abs() * steepness - center)
-        flow["decay"] = flow["lr"] * flow.scalar(self, "strength") * factor
+        factor = (flow["grad"].abs() * steepness).sub_(center).sigmoid_()
+        flow["decay"] = factor * (2 * flow["lr"] * flow.scalar(self, "strength"))

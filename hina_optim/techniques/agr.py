@@ -46,4 +46,4 @@ class AdaptiveGradientRegularization(Technique):
         inverse = torch.where(total > 0, 1 / total, 0)
         magnitude = flow.values.pop("agr.magnitude", None)
         share = (grad.abs() if magnitude is None else magnitude) * inverse
-        flow["grad"] = torch.addcmul(grad, grad, share, value=-1)
+        flow["grad"] = torch.lerp(grad, torch.zeros_like(inverse), share)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hina_optim.techniques.base import Flow, ParamInfo, Slot, Sums, Technique
+from hina_optim.techniques.products import inner
 
 __all__ = ["BACKGROUND", "BackgroundRegularization"]
 
@@ -53,7 +54,7 @@ class BackgroundRegularization(Technique):
     def sums(self, flow: Flow) -> Sums:
         """First and second moment of |g|."""
         grad = flow["grad"]
-        return {"size": grad.abs(), "square": grad.square()}
+        return {"size": grad.abs(), "square": inner(grad, grad)}
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Mark the low elements and shrink those that have been low for long."""
@@ -61,7 +62,7 @@ class BackgroundRegularization(Technique):
         mean = totals["size"] / flow.count
         variance = totals["square"] / flow.count - mean.square()
         std = torch.maximum(variance, (_SPREAD * mean).square()).sqrt()
-        low = (grad.abs() < mean - std / 2).to(grad.dtype)
-        background = 0.95 * flow.state["background"] + 0.05 * low
+        low = grad.abs().lt_(mean - std / 2)  # 1 or 0: boolean tensors are slow
+        background = torch.lerp(flow.state["background"], low, 0.05)
         flow.new["background"] = background
-        flow["grad"] = grad * (1 - background / 2)
+        flow["grad"] = torch.addcmul(grad, grad, background, value=-0.5)

@@ -20,7 +20,7 @@ otherwise):
 ``decay``      decoupled decay of this step, broadcastable: ``decay · param`` is subtracted
 ``drift``      change of the weights beside step and decay, subtracted as it is; proportional to ``lr``
 ``pull``       per parameter, ``[N, 1, …]``: share of the way back to the anchor after the step
-``bump_scale`` factor on the bumps of the learning-rate mask
+``bump_scale`` factor >= 0 on the bumps of the learning-rate mask
 =============  =====================================================================================================
 
 The engine then writes ``q = param - decay·param - drift - rate·scale·update`` and ``param ← q - pull·(q - anchor)``.
@@ -238,9 +238,13 @@ class Flow:
         return self.per_param(self.scalars[f"{technique.name}.{name}"])
 
     @property
-    def count(self) -> float:
-        """Global number of elements of one parameter."""
-        return float(self.info.numel)
+    def count(self) -> float | Tensor:
+        """Global number of elements of one parameter, at least 1: a number, or ``[N, 1, …]``.
+
+        Compiled, it is a tensor, so that one graph serves parameters of all sizes.
+        """
+        count = self.scalars.get("count")
+        return max(float(self.info.numel), 1.0) if count is None else self.per_param(count)
 
 
 Self = TypeVar("Self", bound="Technique")
@@ -340,7 +344,11 @@ class Technique:
         """
 
     def sums(self, flow: Flow) -> Sums:
-        """Element-wise tensors whose sums over the whole parameter :meth:`settle` needs. Changes nothing."""
+        """Element-wise tensors whose sums over the whole parameter :meth:`settle` needs. Changes nothing.
+
+        What is an inner product is best given by :func:`~hina_optim.techniques.products.inner`, added up already: one
+        product at a time is in memory then, or none.
+        """
         return {}
 
     def rate_factor(self, param: Tensor, state: Mapping[str, Tensor]) -> Tensor | float:

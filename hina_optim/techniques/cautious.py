@@ -46,7 +46,7 @@ class Cautious(Technique):
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Scale so that the mean step is kept."""
-        mean = totals["kept"] / max(flow.count, 1.0)
+        mean = totals["kept"] / flow.count
         scale = 1 / mean.clamp(min=SMALLEST_MEAN)
         before = flow.get("scale")
         flow["scale"] = scale if before is None else before * scale

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from hina_optim import arguments
 from hina_optim.techniques.base import ByColumn, ByRow, Flow, ParamInfo, Slot, Sums, Technique
 from hina_optim.techniques.factored import SMALLEST, follow_factors
+from hina_optim.techniques.products import inner
 
 __all__ = ["LIMIT", "Confidence"]
 
@@ -89,14 +89,14 @@ class Confidence(Technique):
         if x is None:
             x = flow["grad"]
         clip = flow.get("clip")
-        deviation = (x if clip is None else clip * x) - flow.new["exp_avg"]
-        square = deviation * deviation
-        update = flow["update"]
-        return {"rows": ByRow(square), "columns": ByColumn(square), "squares": update * update}
+        moment = flow.new["exp_avg"]
+        deviation = x - moment if clip is None else (clip * x).sub_(moment)
+        square = deviation.square_()
+        return {"rows": ByRow(square), "columns": ByColumn(square), "squares": inner(flow["update"], flow["update"])}
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Update the factors and divide the direction by their root."""
         names = ("exp_avg_res_row", "exp_avg_res_col")
         a, b = follow_factors(flow, names, totals, self.beta3, flow.scalar(self, "correct"), self.eps)
         largest = LIMIT * (totals["squares"] / flow.count).clamp(min=NOTHING).rsqrt()
-        flow["update"] = flow["update"] * torch.minimum(flow.over_rows(a) * flow.over_columns(b), largest)
+        flow["update"] = (flow.over_rows(a) * flow.over_columns(b)).clamp_max_(largest).mul_(flow["update"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from hina_optim import arguments
@@ -74,7 +75,7 @@ class DualMomentum(Technique):
             incoming = flow["grad"]
         clip = flow.get("clip")
         taken = incoming if clip is None else clip * incoming
-        long = self.long_beta * flow.state["exp_avg_long"] + (1 - self.long_beta) * taken
+        long = torch.lerp(flow.state["exp_avg_long"], taken, 1 - self.long_beta)
         flow.new["exp_avg_long"] = long
         alpha = flow.scalar(self, "alpha") if self.alpha is None else self.alpha
-        flow["update"] = (1 - alpha) * flow["update"] + alpha * long
+        flow["update"] = torch.lerp(flow["update"], long, alpha)

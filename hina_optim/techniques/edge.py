@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hina_optim import arguments as rule
 from hina_optim.techniques.base import Flow, ParamInfo, Technique
-from hina_optim.techniques.stencils import NOISE, has_neighbors, rms, second_difference
+from hina_optim.techniques.stencils import NOISE, has_neighbors, keep_above, rms, second_difference
 
 __all__ = ["EdgeSuppression"]
 
@@ -61,9 +61,11 @@ class EdgeSuppression(Technique):
         """The damped gradient, ``[N, *shape]``."""
         (grad,) = complete
         bend = second_difference(grad, flow.info.spatial_axes)
-        edge = bend.abs() / torch.maximum(rms(bend), NOISE * rms(grad))
-        edge = torch.where(edge > self.edge_threshold / 0.2, edge, 0.0)  # 0/0 of a zero gradient is above nothing
-        return grad / (1 + self.edge_penalty * edge)
+        average = torch.maximum(rms(bend), NOISE * rms(grad))
+        # a gradient of zeros has an average of 0, and nothing that is above it
+        edge = keep_above(bend.abs_(), average * (self.edge_threshold / 0.2))
+        unit = average / self.edge_penalty
+        return grad / edge.div_(torch.where(unit > 0, unit, 1)).add_(1)
 
     def transform(self, flow: Flow) -> None:
         """Take the damped gradient."""

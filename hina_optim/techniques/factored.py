@@ -117,7 +117,7 @@ class FactoredNormalization(Technique):
             x = flow["grad"]
         names = ("exp_avg_sq_row", "exp_avg_sq_col")
         a, b = follow_factors(flow, names, totals, self.beta2, flow.scalar(self, "correct"), self.eps)
-        flow["incoming"] = x * flow.over_rows(a) * flow.over_columns(b)
+        flow["incoming"] = (x * flow.over_rows(a)).mul_(flow.over_columns(b))
 
 
 class UnfactoredNormalization(Technique):

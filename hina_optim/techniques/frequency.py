@@ -62,21 +62,20 @@ class FrequencyPenalty(Technique):
         """The gradient with its high frequencies shrunk, ``[N, *shape]``."""
         (grad,) = complete
         axes = flow.info.spatial_axes
-        spectrum = torch.fft.rfftn(grad, dim=axes)
-        high = torch.where(_is_high(grad, axes), spectrum, 0.0)
+        high = torch.fft.rfftn(grad, dim=axes).mul_(_are_high(grad, axes))
         wave: Tensor = torch.fft.irfftn(high, s=[grad.shape[axis] for axis in axes], dim=axes)
-        return grad - self.frequency_penalty * wave
+        return torch.sub(grad, wave, alpha=self.frequency_penalty)
 
     def transform(self, flow: Flow) -> None:
         """Take the smoothed gradient."""
         flow["grad"] = flow["frequency.whole"]
 
 
-def _is_high(grad: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Where ``rfftn(grad, dim=axes)`` holds a high frequency; broadcastable to it."""
+def _are_high(grad: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """1 where ``rfftn(grad, dim=axes)`` holds a high frequency, 0 elsewhere; broadcastable to it."""
     squared_radius = grad.new_zeros(())
     for axis in axes:
         frequencies = torch.fft.rfftfreq if axis == axes[-1] else torch.fft.fftfreq  # rfftn halves the last axis
         along = frequencies(grad.shape[axis], dtype=grad.dtype, device=grad.device)
         squared_radius = squared_radius + along.square().reshape([-1 if a == axis else 1 for a in range(grad.ndim)])
-    return squared_radius > CUTOFF**2 + _TOLERANCE
+    return squared_radius.gt_(CUTOFF**2 + _TOLERANCE)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hina_optim import arguments
 from hina_optim.arguments import Rule
 from hina_optim.techniques.base import Flow, Folded, ParamInfo, Slot, Sums, Technique
-from hina_optim.techniques.relationships import random_signs
+from hina_optim.techniques.relationships import with_random_signs
 
 __all__ = ["BOUNDS", "SKETCH", "WINDOW", "LossContext"]
 
@@ -139,8 +139,7 @@ class LossContext(Technique):
 
     def sums(self, flow: Flow) -> Sums:
         """The gradient with random signs, folded into the sketch."""
-        grad = flow["grad"]
-        return {"sketch": Folded(grad * random_signs(flow["index"]).to(grad.dtype), SKETCH)}
+        return {"sketch": Folded(with_random_signs(flow["grad"], flow["index"]), SKETCH)}
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Take loss and gradient in, move the multiplier, and scale the rate."""

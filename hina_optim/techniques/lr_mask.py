@@ -84,13 +84,14 @@ class LearningRateMask(Technique):
     def slots(self, info: ParamInfo) -> tuple[Slot, ...]:
         """The mask and the last sign, of the parameter's shape."""
         levels = self.min_lr, self.start_lr, self.max_lr
-        return (Slot("lr_mask", init="start_lr", code=levels), Slot("last_sign", precision="int8"))
+        return (Slot("lr_mask", init="start_lr", code=levels), Slot("last_sign", precision="int8", code="ternary"))
 
     def scalars(self, t: Tensor) -> dict[str, Tensor]:
-        """Whether the mask moves, and the size of the bumps of this step, upwards and downwards."""
+        """Twice 1 while the mask moves, and the size of the bumps of this step, upwards and downwards."""
         moving = (t < self.warmup_steps).to(t.dtype)
         down = self.lr_bump * moving
-        return {"moving": moving, "up": torch.where(t < self.warmup_steps / 2, self.d_coef * down, down), "down": down}
+        up = torch.where(t < self.warmup_steps / 2, self.d_coef * down, down)
+        return {"twice": 2 * moving, "up": up, "down": down}
 
     def rate_factor(self, param: Tensor, state: Mapping[str, Tensor]) -> Tensor | float:
         """``M / start_lr``."""
@@ -99,17 +100,16 @@ class LearningRateMask(Technique):
     def transform(self, flow: Flow) -> None:
         """Move the mask, remember the signs, and set the rate."""
         mask, last = flow.state["lr_mask"], flow.state["last_sign"]
-        down, moving, bump_scale = flow.scalar(self, "down"), flow.scalar(self, "moving"), flow.get("bump_scale")
+        down, bump_scale = flow.scalar(self, "down"), flow.get("bump_scale")
         sign = flow.sign_of("grad")
-        agreement = sign * last
-        size: Tensor = down
-        if self.d_coef != 1:
-            size = torch.addcmul(down, agreement.clamp(min=0), flow.scalar(self, "up") - down)
+        bump = sign * last
         if bump_scale is not None:
-            size = size * bump_scale
-        mask = torch.addcmul(mask, agreement, size).clamp_(self.min_lr, self.max_lr)
+            bump.mul_(bump_scale)
+        mask = torch.addcmul(mask, bump, down)
+        if self.d_coef != 1:
+            mask.addcmul_(bump.clamp_(min=0), flow.scalar(self, "up") - down)
+        mask.clamp_(self.min_lr, self.max_lr)
         flow.new["lr_mask"] = mask
-        # last + moving·(sign - last) where there is a sign; with sign·agreement = last there, and 0 elsewhere
-        change = torch.addcmul(moving, moving, agreement, value=-1)
-        flow.new["last_sign"] = torch.addcmul(last, sign, change)
+        # twice the sign more and back into [-1, 1]: the sign, and the last one where there is none
+        flow.new["last_sign"] = torch.addcmul(last, sign, flow.scalar(self, "twice")).clamp_(-1, 1)
         flow["rate"] = mask * (flow["rate"] / self.start_lr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from hina_optim import arguments
@@ -93,8 +94,7 @@ class MultiScaleMomentum(Technique):
             x = flow["grad"]
         mixture = flow.scalar(self, "weight_1") * x
         for k in self.slow:
-            old = flow.state[f"momentum_{k}"]
-            mean = old + flow.scalar(self, f"take_{k}") * (x - old)
+            mean = torch.lerp(flow.state[f"momentum_{k}"], x, flow.scalar(self, f"take_{k}"))
             flow.new[f"momentum_{k}"] = mean
-            mixture = mixture + flow.scalar(self, f"weight_{k}") * mean
+            mixture.addcmul_(mean, flow.scalar(self, f"weight_{k}"))
         flow["incoming"] = mixture

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from hina_optim.techniques.base import Flow, Sums, Technique
+from hina_optim.techniques.products import inner
 
 __all__ = ["OrthogonalGradient"]
 
@@ -40,7 +41,7 @@ class OrthogonalGradient(Technique):
     def sums(self, flow: Flow) -> Sums:
         """The three inner products of gradient and weights."""
         grad, param = flow["grad"], flow["param"]
-        return {"gp": grad * param, "pp": param * param, "gg": grad * grad}
+        return {"gp": inner(grad, param), "pp": inner(param, param), "gg": inner(grad, grad)}
 
     def settle(self, flow: Flow, totals: dict[str, torch.Tensor]) -> None:
         """Project, and restore the norm."""

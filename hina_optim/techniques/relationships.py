@@ -11,7 +11,7 @@ from torch import Tensor
 from hina_optim import arguments as rule
 from hina_optim.techniques.base import Flow, Folded, ParamInfo, PeriodicTechnique, Relations, Slot, Sums
 
-__all__ = ["Relationships", "describe_relationships", "interaction_type", "random_signs"]
+__all__ = ["Relationships", "describe_relationships", "interaction_type", "with_random_signs"]
 
 #: Numbers kept of a gradient. The cosine of two independent gradients is then off by about 1/√64.
 SKETCH = 64
@@ -21,6 +21,9 @@ GAIN = 0.2
 
 #: Relations remembered for each parameter.
 KEPT = 3
+
+#: Odd multipliers of the hash that the signs of a sketch come from, as int32.
+_FACTORS = (0x9E3779B9 - (1 << 32), 0x2C1B3C6D, 0x297A2D39)
 
 #: Elements of the table of pairs worked on at once: bounds the memory for any number of parameters.
 BLOCK = 1 << 22
@@ -107,8 +110,7 @@ class Relationships(PeriodicTechnique):
 
     def sums(self, flow: Flow) -> Sums:
         """The gradient with random signs, folded into the sketch."""
-        grad = flow["grad"]
-        return {"sketch": Folded(grad * random_signs(flow["index"]).to(grad.dtype), SKETCH)}
+        return {"sketch": Folded(with_random_signs(flow["grad"], flow["index"]), SKETCH)}
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Average the direction of the sketch over time; a zero gradient has none."""
@@ -165,19 +167,21 @@ def _best(score: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(scores, 1), torch.cat(indices, 1)
 
 
-def random_signs(index: Tensor) -> Tensor:
-    """+1 or -1 for each global flat index, int64: a hash, so the same on every shard, chunk and device.
+def with_random_signs(x: Tensor, index: Tensor) -> Tensor:
+    """Every element times +1 or -1, by a hash of its global flat index: the same on every shard, chunk and device.
+
+    Indices that are equal in their lower 32 bits have the same sign.
 
     Args:
-        index: Integers >= 0.
+        x: float32 or float64, ``[N, *shape]``.
+        index: Integers >= 0, ``[1, *shape]``.
     """
-    x = index.to(torch.int64)
-    mask = (1 << 32) - 1
-    x = (x ^ (x >> 32)) & mask
-    for _ in range(2):
-        # an odd multiplier below 2³¹ keeps the product of 32 bits within int64
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) & mask
-    return 1 - 2 * ((x >> 16) & 1)
+    h = index.to(torch.int32) * _FACTORS[0]
+    h = h.bitwise_xor_(h >> 15).mul_(_FACTORS[1])
+    h = h.bitwise_xor_(h >> 16).mul_(_FACTORS[2])
+    if x.dtype == torch.float32:  # the upper bit of the hash flips the sign
+        return (x.view(torch.int32) ^ h.bitwise_and_(-(1 << 31))).view(torch.float32)
+    return x * h.bitwise_right_shift_(30).bitwise_or_(1).to(x.dtype)
 
 
 def interaction_type(first: ParamInfo, second: ParamInfo, are_partners: bool) -> str:

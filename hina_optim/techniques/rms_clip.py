@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hina_optim import arguments
 from hina_optim.techniques.base import Flow, Sums, Technique
+from hina_optim.techniques.products import inner
 
 __all__ = ["RmsClip"]
 
@@ -42,9 +43,9 @@ class RmsClip(Technique):
         x = flow.get("incoming")
         if x is None:
             x = flow["grad"]
-        return {"squares": x * x}
+        return {"squares": inner(x, x)}
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Set the factor."""
-        rms = (totals["squares"] / max(flow.count, 1.0)).sqrt()
+        rms = (totals["squares"] / flow.count).sqrt()
         flow["clip"] = 1 / (rms / self.threshold).clamp(min=1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hina_optim import arguments as rule
 from hina_optim.techniques.base import Flow, ParamInfo, Slot, Sums, Technique
-from hina_optim.techniques.stencils import NOISE, has_neighbors, neighborhood_variance, rms
+from hina_optim.techniques.stencils import NOISE, has_neighbors, keep_above, neighborhood_variance, rms
 
 __all__ = ["SPATIAL_VARIANCE", "SpatialAwareness"]
 
@@ -70,13 +70,14 @@ class SpatialAwareness(Technique):
         variance = neighborhood_variance(grad, flow.info.spatial_axes)
         # A flat gradient that has passed through a Fourier transform is flat up to rounding. Were that rounding the
         # only variance there is, its ratio to its own mean would be anything.
-        real = variance > (NOISE * rms(grad)).square()
+        floor = (NOISE * rms(grad)).square()
         # Gradients beyond 1e19 have no variance in float32: an infinite one would stay in the state for good.
-        return torch.where(real & variance.isfinite(), variance, 0.0)
+        variance = variance.nan_to_num_(0.0, 0.0, 0.0)
+        return keep_above(variance, floor)
 
     def transform(self, flow: Flow) -> None:
         """Let the running variance follow."""
-        flow.new["spatial_variance"] = 0.9 * flow.state["spatial_variance"] + 0.1 * flow["spatial.whole"]
+        flow.new["spatial_variance"] = torch.lerp(flow.state["spatial_variance"], flow["spatial.whole"], 0.1)
 
     def sums(self, flow: Flow) -> Sums:
         """The running variance, for its mean."""
@@ -85,6 +86,8 @@ class SpatialAwareness(Technique):
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Damp where the running variance is above its mean."""
         mean = totals["variance"] / flow.count
-        relative = torch.where(mean > 0, flow.new["spatial_variance"] / mean, 0.0)
-        flow["grad"] = flow["grad"] / (1 + self.detail_preservation * (relative - 1).clamp_min(0))
-        flow["bump_scale"] = (relative * self.detail_preservation).clamp(0.5, 1.5)
+        strength = self.detail_preservation
+        # p·ŝ, from which 1 + p·max(ŝ - 1, 0) = max(p·ŝ + (1 - p), 1)
+        busy = flow.new["spatial_variance"] / torch.where(mean > 0, mean / strength, torch.inf)
+        flow["bump_scale"] = busy.clamp(0.5, 1.5)
+        flow["grad"] = flow["grad"] / busy.add_(1 - strength).clamp_(min=1)

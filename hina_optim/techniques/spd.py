@@ -10,6 +10,7 @@ from torch import Tensor
 from hina_optim import arguments
 from hina_optim.state.slot import ANCHOR, Slot
 from hina_optim.techniques.base import Flow, ParamInfo, Sums, Technique
+from hina_optim.techniques.products import inner
 
 __all__ = ["SelectiveProjectionDecay"]
 
@@ -65,11 +66,17 @@ class SelectiveProjectionDecay(Technique):
         d = param - flow.state["anchor"]
         b = flow["rate"] * flow["update"]
         grad = flow["grad"]
-        products: Sums = {"gd": grad * d, "gg": grad * grad, "dd": d * d, "db": d * b, "bb": b * b}
+        products: Sums = {
+            "gd": inner(grad, d),
+            "gg": inner(grad, grad),
+            "dd": inner(d, d),
+            "db": inner(d, b),
+            "bb": inner(b, b),
+        }
         decay, drift = flow.get("decay"), flow.get("drift")
         e = drift if decay is None else decay * param if drift is None else decay * param + drift
         if e is not None:
-            products |= {"de": d * e, "ee": e * e, "eb": e * b}
+            products |= {"de": inner(d, e), "ee": inner(e, e), "eb": inner(e, b)}
         return products
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from hina_optim import arguments
 from hina_optim.state.slot import EXP_AVG, Slot
 from hina_optim.techniques.base import Flow, ParamInfo, Sums, Technique
+from hina_optim.techniques.products import inner
 
 __all__ = ["TorqueAwareMomentum"]
 
@@ -54,7 +55,7 @@ class TorqueAwareMomentum(Technique):
         if incoming is None:
             incoming = flow["grad"]
         m = flow.state["exp_avg"]
-        return {"mn": m * incoming, "mm": m * m, "nn": incoming * incoming}
+        return {"mn": inner(m, incoming), "mm": inner(m, m), "nn": inner(incoming, incoming)}
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Update the smoothed cosine and set the damping."""
