@@ -188,7 +188,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     listed = "; ".join(f"{key}: {title}" for key, (title, _) in WORKLOADS.items())
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help=listed)
     parser.add_argument("--optimizers", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
-    parser.add_argument("--compiled", action="store_true", help="this library's optimizers under torch.compile, too")
+    parser.add_argument("--compiled", action="store_true", help="all of this library's under torch.compile, too")
     parser.add_argument("--rounds", type=int, default=9, help="at most so many rounds a row (default 9)")
     parser.add_argument("--seconds", type=float, default=4.0, help="about so long a row, if three are done (default 4)")
     parser.add_argument("--minutes", type=float, default=15.0, help="rows not begun by then are left out (default 15)")
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     wanted = [text.lower() for text in args.optimizers or [""]]
     chosen = [c for c in contenders(args.compiled) if any(text in c.name.lower() for text in wanted)]
     if args.quick:
-        chosen = [c for c in chosen if not c.variant]
+        chosen = [c for c in chosen if not c.variant and (args.compiled or not (c.ours and c.compiled))]
     logging.getLogger("hina_optim").setLevel(logging.ERROR)  # no loss is reported here, and each of them would say so
     found: dict[str, Any] = {
         "machine": machine(device),

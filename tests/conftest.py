@@ -40,5 +40,5 @@ def _seeded() -> None:
 def _tables_of_its_own(request: pytest.FixtureRequest) -> None:
     """Tables of 8-bit codes keep a copy for each device; the far device of some tests is the meta device of others."""
     if hasattr(request.module, "FAR"):
-        for tables in (codebooks.dynamic_tables, codebooks.log_tables, codebooks.sign_tables):
+        for tables in (codebooks.dynamic_tables, codebooks.log_tables):
             tables.cache_clear()

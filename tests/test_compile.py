@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from hina_optim import HinaAdaptive
+from hina_optim.engine.lines import compiler
 from tests.optim_cases import EVERYTHING, NOTHING
 
 LR = 3e-4
@@ -81,7 +82,7 @@ def test_compile_is_asked_for() -> None:
 @pytest.mark.slow
 def test_default() -> None:
     """Two matrices that are stacked, and a vector; measuring steps and others."""
-    compare(*run_both([(6, 5), (6, 5), (7,)], relationship_discovery_interval=4))
+    compare(*run_both([(64, 48), (64, 48), (96,)], relationship_discovery_interval=4))
 
 
 @pytest.mark.slow
@@ -92,9 +93,57 @@ def test_everything() -> None:
 
 
 def test_a_large_parameter_in_chunks() -> None:
-    """Chunks of one size and a shorter last one: two graphs a phase at most, for any number of chunks."""
-    compare(*run_both([(640, 500)], steps=4, settled=1, **{**NOTHING, "use_cautious": True}))
-    assert graphs() <= 8
+    """One graph a segment, for any number of chunks of any size."""
+    small = {"max_buffer_memory_mb": 1}
+    compare(*run_both([(640, 500)], steps=4, settled=1, **{**NOTHING, "use_cautious": True, **small}))
+    assert graphs() == 2
+
+
+def test_the_number_of_graphs_does_not_grow_with_the_number_of_shapes() -> None:
+    """Stacks, large matrices, vectors: one graph a segment for all; a few odd elements run without one."""
+    shapes: list[tuple[int, ...]] = [(64, 48), (64, 48), (32, 16), (96,), (96,), (4, 3, 4, 4), (160, 112), (5, 3), (1,)]
+    compare(*run_both(shapes, steps=3, settled=1, **NOTHING))
+    assert graphs() == 2
+
+
+def test_elements_that_make_no_lines() -> None:
+    """A parameter of a prime number of elements: all but the last few share the graphs of the others."""
+    compare(*run_both([(64, 48), (20_011,)], steps=3, settled=1, **NOTHING))
+    assert graphs() == 2
+
+
+def test_no_recompilation_in_a_schedule() -> None:
+    """200 steps, of which some measure: the graphs of the first."""
+    torch._dynamo.reset()
+    params, optimizer = build([(64, 48), (32, 16)], torch.float32, compile=True, relationship_discovery_interval=7)
+    with torch.compiler.set_stance("default", force_backend="eager"):
+        take_step(params, optimizer, 0)
+        before = graphs()
+        assert before
+        for step in range(1, 200):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.param_groups[0]["lr"] = LR * (1 - step / 400)
+            optimizer.step()
+    assert graphs() == before
+
+
+def test_without_a_compiler(caplog: pytest.LogCaptureFixture) -> None:
+    """It is said, and the steps are the eager ones."""
+    from torch._inductor import config
+
+    eager, first = build([(64, 48)], torch.float32)
+    params, second = build([(64, 48)], torch.float32, compile=True)
+    compiler.cache_clear()
+    try:
+        with config.patch({"cpp.cxx": ("no-such-compiler",)}), caplog.at_level("WARNING", "hina_optim"):
+            for step in range(3):
+                take_step(eager, first, step)
+                take_step(params, second, step)
+    finally:
+        compiler.cache_clear()
+    assert [r for r in caplog.records if "no C++ compiler" in r.message]
+    assert torch.equal(params[0], eager[0])
 
 
 def test_bf16_with_stochastic_rounding() -> None:
@@ -110,7 +159,7 @@ def test_bf16_with_stochastic_rounding() -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_bad_gradient(bad: float) -> None:
     """Compilers fold what only matters for values that are not finite."""
-    params, optimizer = build([(5, 3), (5, 3)], torch.float32, compile=True, **NOTHING)
+    params, optimizer = build([(64, 48), (64, 48)], torch.float32, compile=True, **NOTHING)
     for step in range(2):
         take_step(params, optimizer, step)
     before = [p.detach().clone() for p in params]
@@ -124,9 +173,10 @@ def test_a_bad_gradient(bad: float) -> None:
 
 def test_learning_rate_as_a_tensor() -> None:
     """Numbers and tensors, in turns: the same graphs."""
-    params, optimizer = build([(5, 3)], torch.float32, compile=True, **NOTHING)
+    params, optimizer = build([(64, 48)], torch.float32, compile=True, **NOTHING)
     take_step(params, optimizer, 0)
     before = graphs()
+    assert before
     for step in range(1, 5):
         params[0].grad = torch.ones_like(params[0])
         optimizer.param_groups[0]["lr"] = torch.tensor(LR / step) if step % 2 else LR / step

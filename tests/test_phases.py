@@ -29,7 +29,9 @@ def step(p: nn.Parameter, optimizer: Any) -> set[str]:
     (bucket,) = {id(b): b for b in optimizer._buckets._of.values()}.values()
     kind = tuple(one.acts(bucket.step - 1) for one in bucket.chain)
     (names,) = {
-        tuple(one.name for one in program.chain) for (_, acting), program in bucket.programs.items() if acting == kind
+        tuple(one.name for one in program.rules.chain)
+        for (_, acting), program in bucket.programs.items()
+        if acting == kind
     }
     return set(names)
 

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from hina_optim.engine.layout import Layout, Shard
 from hina_optim.engine.transfers import HOST, Transfers
-from hina_optim.state.blockwise import BlockCodec
 from hina_optim.state.conversion import converted
-from hina_optim.state.precision import Codec, Storage, codec_for, compute_dtype
-from hina_optim.state.regions import block_boxes
+from hina_optim.state.precision import Codec, Storage, codec_for, compute_dtype, decoded
+from hina_optim.state.regions import fits, neighbors
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import ParamInfo, Technique
 
@@ -96,7 +95,7 @@ class Bucket:
         self.step = key.step
         storage = Storage.of(group)
         self.codecs: dict[str, Codec] = {s.name: codec_for(s, storage, key.dtype, key.info.shape) for s in self.slots}
-        self._check_blocks()
+        self._check_blocks(self.codecs)
         self.hosted = self._hosted(storage)
         # wrapped to 32 bits: from the 128th group on, a position needs more
         self.keys = torch.tensor([m.key for m in members]).to(torch.int32).to(key.device)
@@ -106,17 +105,18 @@ class Bucket:
         self.digested: dict[str, int] = {}  # periodic technique → step after which it was refreshed last
         self._adopt()
 
-    def _check_blocks(self) -> None:
-        """Refuse blocks of 8 bits that a cut between columns goes through: they would be others than in one process."""
+    def _check_blocks(self, codecs: dict[str, Codec]) -> None:
+        """Refuse a cut between columns that goes through what shares a scale or a byte."""
         shard = self.key.shard
         if shard.slices is None:
             return
-        for name, codec in self.codecs.items():
-            if isinstance(codec, BlockCodec) and block_boxes(shard, self.key.local_shape, codec) is None:
+        for name, codec in codecs.items():
+            each = neighbors(codec)
+            if each > 1 and not fits(shard, self.key.local_shape, each):
                 raise RuntimeError(
                     f"{self.members[0].name} {shard.shape} is cut between columns, {self.key.local_shape} here, which "
-                    f"cuts the blocks of {codec.block} elements in which 8 bits store {name!r}: shard it along "
-                    f"dimension 0, in multiples of {codec.block} columns, or give its group state_precision='bf16'."
+                    f"cuts the blocks of {each} elements in which 8 bits store {name!r}: shard it along "
+                    f"dimension 0, in multiples of {each} columns, or give its group state_precision='bf16'."
                 )
 
     @property
@@ -263,7 +263,8 @@ class Bucket:
         """The value of one slot of one of its parameters, as it is computed with."""
         self.transfers.wait()
         codec, device = self.codecs[name], self.key.device
-        return codec.decode({suffix: self._held(member, name + suffix)[None].to(device) for suffix in codec.parts})[0]
+        parts = {suffix: self._held(member, name + suffix)[None].to(device) for suffix in codec.parts}
+        return decoded(codec, parts, (1, *self.key.local_shape))[0]
 
     def stored_as(self, storage: Storage) -> bool:
         """Whether every slot is stored as ``storage`` asks, and where."""
@@ -280,6 +281,9 @@ class Bucket:
         """
         self.transfers.wait()
         known = {slot.name: slot for slot in slots}
+        self._check_blocks(
+            {s.name: codec_for(known.get(s.name, s), storage, self.key.dtype, self.info.shape) for s in self.slots}
+        )
         self.slots = tuple(known.get(slot.name, slot) for slot in self.slots)
         self.views = []  # they would keep what is replaced
         self.programs.clear()

@@ -5,26 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from hina_optim.engine.bucket import Bucket
 from hina_optim.engine.layout import Shard
+from hina_optim.engine.lines import line_length
 from hina_optim.engine.program import Inputs, Program, Values
 from hina_optim.engine.transfers import Fetched
 from hina_optim.state.rounding import param_seeds
 
-__all__ = ["CPU_CHUNK", "FOLD", "GRAIN", "KEPT_VALUES", "LIVE_VALUES", "Cell", "cut"]
+__all__ = [
+    "CPU_CHUNK",
+    "FOLD",
+    "GRAIN",
+    "KEPT_VALUES",
+    "LINED_VALUES",
+    "LIVE_VALUES",
+    "STACK",
+    "Cell",
+    "contiguous",
+    "cut",
+]
 
-#: Values alive at once, per element, while a segment runs (measured: 34 with the default techniques).
-LIVE_VALUES = 40
+#: Values alive at once, per element, while a segment runs (measured: 20 with the default techniques, at most 25).
+LIVE_VALUES = 32
 #: Those of them that are kept from one segment to the next.
 KEPT_VALUES = 16
 #: Chunks begin at multiples of this many elements, which is a multiple of every fold (techniques.base.Folded); those
 #: that are cut between rows, at multiples of FOLD.
 GRAIN = 4096
 FOLD = 64
+#: Values alive at once, per element, where segments run in lines: stacks of small parameters, and little else.
+LINED_VALUES = 4
+#: Small parameters that run in lines are stacked as long as their values may stay in a cache from segment to segment.
+STACK = 1 << 19
 #: On a CPU, eager chunks are small enough for the values in flight to stay in its caches.
 CPU_CHUNK = 1 << 17
 
@@ -131,7 +148,7 @@ def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None, numel
     device = bucket.key.device
     precise = torch.float32 if device.type == "mps" else torch.float64
     t = (bucket.step + 1) - bucket.skipped.to(precise)
-    scalars = program.scalars(t)
+    scalars = program.rules.scalars(t)
     lr = bucket.group["lr"]
     scalars["lr"] = (
         lr.to(device, program.compute).reshape(())
@@ -147,15 +164,21 @@ def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None, numel
     if program.needs_index:
         scalars["seeds"] = param_seeds(bucket.keys, int(bucket.group["seed"]), bucket.step)
     n = bucket.size
-    by_rows = not _contiguous(bucket) or (program.needs_rows and len(bucket.key.local_shape) > 1)
+    by_rows = not contiguous(bucket) or (program.needs_rows and len(bucket.key.local_shape) > 1)
     if by_rows and not program.needs_whole:
         row = max(1, numel // max(1, bucket.key.local_shape[0] if bucket.key.local_shape else 1))
         step = FOLD // math.gcd(row, FOLD)
         limit = max(1, limit // row // step) * step * row
-    if numel > limit and not program.needs_whole:
+    tail = numel - numel % GRAIN
+    odd = program.lines is not None and not by_rows and (n == 1 or numel > limit) and 2 * GRAIN <= tail < numel
+    if odd and not line_length(1, numel - (numel - 1) // limit * limit):
+        # elements that make no lines: as few as possible, apart from the others
+        ends = [*range(limit, tail, limit), tail, numel]
+    else:
+        ends = [*range(limit, numel, limit), numel]
+    if len(ends) > 1 and not program.needs_whole:
         for p in range(n):
-            for begin in range(0, numel, limit):
-                end = min(begin + limit, numel)
+            for begin, end in pairwise((0, *ends)):
                 yield Cell(bucket, program, p, p + 1, begin, end, True, by_rows, end == numel, scalars)
         return
     # without chunks a parameter must fit as a whole; small ones share a cell
@@ -165,5 +188,6 @@ def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None, numel
         yield Cell(bucket, program, first, stop, 0, bucket.numel, False, False, True, scalars)
 
 
-def _contiguous(bucket: Bucket) -> bool:
+def contiguous(bucket: Bucket) -> bool:
+    """Whether all its weights and gradients are flat in memory."""
     return all(x.is_contiguous() for x in (*bucket.weights(), *bucket.grads()))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hina_optim.engine.bucket import Bucket
-from hina_optim.engine.program import periodic
+from hina_optim.engine.rules import periodic
 from hina_optim.techniques.base import PeriodicTechnique, Relations
 
 __all__ = ["due", "measuring", "refresh"]

@@ -16,18 +16,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hina_optim.engine.bucket import KAHAN, Bucket
-from hina_optim.engine.plan import Segment, plan_segments
+from hina_optim.engine.bucket import Bucket
+from hina_optim.engine.lines import OPTIONS, Lines, lines_of
+from hina_optim.engine.rules import FINITE, FiniteGuard, Rules, Values
 from hina_optim.engine.transfers import Pieces
-from hina_optim.state.precision import compute_dtype
-from hina_optim.state.rounding import element_words, round_stochastic, stream_noise
-from hina_optim.techniques.base import ByColumn, ByRow, Flow, Folded, PeriodicTechnique, Sums, Technique
+from hina_optim.techniques.base import ByColumn, ByRow, Flow, Folded, Technique
 
-__all__ = ["Inputs", "Program", "Values"]
+__all__ = ["FiniteGuard", "Inputs", "Program", "Values"]
 
-Values = dict[str, Tensor]
-
-_FINITE = "engine.finite"
+#: Rows that a graph adds up at a time where it adds up each column.
+BAND = 32
 
 
 @dataclass
@@ -39,35 +37,12 @@ class Inputs:
         scalars: ``lr`` (0-d), ``loss`` (``[N]``), ``seeds`` (int32 ``[N]``), ``index`` (int64 ``[1, …]``, low
             precisions and measuring only), ``row_index`` and ``column_index`` (int64, where not all rows are here), and
             ``"<technique>.<name>"`` ``[N]``.
+        start: Global flat index of the first element of each parameter.
     """
 
     stored: Values
     scalars: Values
-
-
-class FiniteGuard(Technique):
-    """Counts gradient elements that are not finite: a parameter that has any is left alone in this step."""
-
-    name = "engine"
-    reads = writes = sums_over = frozenset({"grad"})
-
-    def transform(self, flow: Flow) -> None:
-        """Go on with zero for what is not finite, so that the outcome is finite and can be blended out."""
-        raw = flow["grad"]
-        # x - x is 0 for every finite element and NaN for any other; the compiler would fold x * 0 into 0
-        flow["engine.odd"] = raw - raw
-        if torch.compiler.is_compiling():  # compiled, a comparison vectorizes and nan_to_num does not; eagerly it is so
-            flow["grad"] = torch.where(flow["engine.odd"] == 0, raw, 0.0)
-        else:
-            flow["grad"] = raw.nan_to_num(0.0, 0.0, 0.0)
-
-    def sums(self, flow: Flow) -> Sums:
-        """Zero for every finite element, NaN for any other: arithmetic is several times faster than a test."""
-        return {"bad": flow.values.pop("engine.odd")}
-
-    def settle(self, flow: Flow, totals: Values) -> None:
-        """Remember which parameters may be written."""
-        flow[_FINITE] = (totals["bad"] == 0).to(flow["grad"].dtype)
+    start: int = 0
 
 
 class Program:
@@ -86,35 +61,27 @@ class Program:
     def __init__(self, bucket: Bucket, measuring: frozenset[str], compiled: bool) -> None:
         self.bucket = bucket
         self.info = bucket.info
-        self.compute = compute_dtype(bucket.key.dtype)
-        acting = [one for one in bucket.chain if one.acts(bucket.step)]
-        self.chain: tuple[Technique, ...] = (FiniteGuard(), *acting)
-        self.segments: tuple[Segment, ...] = plan_segments(self.chain, self.info, measuring)
+        self.lines: Lines | None = lines_of(bucket, measuring) if compiled else None
+        # a step that measures what only the plan can is eager where others run in lines: graphs would be seldom used
+        self.compiled = compiled and (self.lines is not None or lines_of(bucket, frozenset()) is None)
+        # what measures beside the graphs has its sums in the first segment, and no part in the plan
+        self.rules = Rules.of(bucket, measuring) if self.lines is None else self.lines.rules
+        self.compute = self.rules.compute
+        self.segments = self.rules.segments
+        acting = [one for one in self.rules.chain if not isinstance(one, FiniteGuard)]
         self.measuring = measuring
         self.asked: dict[int, frozenset[str]] = {}
         self.needs_whole = any(s.whole is not None for s in self.segments)
         self.coded_rows = any(codec.by_rows for codec in bucket.codecs.values())
         self.needs_rows = self.coded_rows or any(one.by_rows and one.applies(self.info) for one in acting)
         self.reads_loss = any(one.reads_loss and one.applies(self.info) for one in acting)
-        self.rounding = bucket.group["rounding"] if bucket.key.dtype in (torch.bfloat16, torch.float16) else "nearest"
-        self.streams = {slot.name: i + 1 for i, slot in enumerate(bucket.slots)}
         self.needs_index = (
             bool(measuring)
-            or self.rounding == "stochastic"
+            or self.rules.rounding == "stochastic"
             or any(c.noisy for c in bucket.codecs.values())
             or any(one.needs_index and one.applies(self.info) for one in acting)
         )
-        self.compiled = compiled
         self._steps: dict[tuple[int, bool, bool], Callable[..., tuple[Values, Values]]] = {}
-
-    def scalars(self, t: Tensor) -> Values:
-        """Every technique's numbers of this step, in the compute dtype, from ``t`` ``[N]``."""
-        return {
-            f"{one.name}.{key}": value.to(self.compute)
-            for one in self.chain
-            if one.applies(self.info)
-            for key, value in one.scalars(t).items()
-        }
 
     def run(
         self, i: int, inputs: Inputs, carry: Values | None, totals: list[Values], whole: Values, last: bool = True
@@ -133,7 +100,24 @@ class Program:
         Returns:
             Values at its end, and its sums ``{"<technique>.<name>": [N] or [N, size]}``.
         """
+        if self.lines is not None:
+            return {}, self._run_lines(self.lines, i, inputs, totals[:i], last)
         return self._step(i, carry is None, last)(inputs.stored, inputs.scalars, carry or {}, totals[:i], whole)
+
+    def _run_lines(self, lines: Lines, i: int, inputs: Inputs, totals: list[Values], last: bool) -> Values:
+        stored, scalars = inputs.stored, inputs.scalars
+        if last and i + 1 == len(self.segments):
+            lines.settle(stored, scalars, totals[0])
+        sums = lines.run(i, stored, scalars, totals, inputs.start, last)
+        if sums is None:  # too few elements, or in an order of their own: as it would run without a compiler
+            if self.needs_index:
+                grad = stored["grad"]
+                index = torch.arange(inputs.start, inputs.start + grad[0].numel(), device=grad.device)
+                scalars = scalars | {"index": index.view(1, *grad.shape[1:])}
+            _, sums = self._step(i, True, last)(stored, scalars, {}, totals, {})
+        if i == 0 and lines.aside:
+            sums |= lines.measure(stored, scalars, inputs.start, self._sum)
+        return sums
 
     def _step(self, i: int, again: bool, last: bool) -> Callable[..., tuple[Values, Values]]:
         key = (i, again, last or i < len(self.segments) - 1)
@@ -145,32 +129,33 @@ class Program:
                 flow = self._flow(stored, scalars, carry if not again else {}, start=again)
                 sums: Values = {}
                 for j in range(0 if again else i, i + 1):
-                    sums = self._segment(j, flow, totals, whole)
+                    sums = self.rules.run(j, flow, totals, whole, self._sum)
                 if i == len(self.segments) - 1:
                     self._commit(flow, stored, scalars, last)
+                    return {}, sums
+                if self.compiled and not self.needs_whole:  # to compute it again costs less than to write it
                     return {}, sums
                 left = {**flow.values, **{f"new.{k}": v for k, v in flow.new.items()}}
                 if not self.compiled:  # decode once; a compiled segment decodes what it uses while reading it
                     left |= {f"state.{k}": v for k, v in flow.state.items()}
                 return left, sums
 
-            if self.compiled:
+            if self.compiled and self.lines is None:
                 # torch.compile counts recompilations by code object; each segment of each bucket is a program of its
                 # own
                 code = phase.__code__.replace(co_name=f"phase{i}{'_again' if again else ''}{'' if last else '_part'}")
                 own = types.FunctionType(code, phase.__globals__, phase.__name__, None, phase.__closure__)
-                self._steps[key] = torch.compile(own, fullgraph=True, dynamic=False)
+                self._steps[key] = torch.compile(own, fullgraph=True, dynamic=False, options=OPTIONS)
             else:
                 self._steps[key] = phase
         return self._steps[key]
 
     def _flow(self, stored: Values, scalars: Values, carry: Values, start: bool) -> Flow:
-        ndim = stored["grad"].ndim
         state = {k[6:]: v for k, v in carry.items() if k.startswith("state.")}
         if isinstance(stored, Pieces):
-            state = States(state, functools.partial(self._decode, stored=stored, ndim=ndim))
+            state = States(state, functools.partial(self.rules.decode, stored=stored))
         elif not state:
-            state = {slot.name: self._decode(slot.name, stored, ndim) for slot in self.bucket.slots}
+            state = {slot.name: self.rules.decode(slot.name, stored) for slot in self.bucket.slots}
         values = {k: v for k, v in carry.items() if not k.startswith(("new.", "state."))}
         new = {k[4:]: v for k, v in carry.items() if k.startswith("new.")}
         if start:
@@ -178,32 +163,6 @@ class Program:
             values["lr"] = values["rate"] = scalars["lr"]
             values |= {name: scalars[name] for name in ("index", "row_index", "column_index") if name in scalars}
         return Flow(values, state, new, scalars, self.info)
-
-    def _decode(self, name: str, stored: Values, ndim: int) -> Tensor:
-        """A slot as it is computed with."""
-        codec = self.bucket.codecs[name]
-        if name in self.bucket.key.zero_anchors:
-            zero = stored[name].to(self.compute)
-            return zero.reshape(zero.shape[0], *([1] * (ndim - 1)))
-        return codec.decode({suffix: stored[name + suffix] for suffix in codec.parts})
-
-    def _segment(self, i: int, flow: Flow, totals: list[Values], whole: Values) -> Values:
-        segment = self.segments[i]
-        for one in segment.settling:
-            prefix = f"{one.name}."
-            mine = {k[len(prefix) :]: v for k, v in totals[i - 1].items() if k.startswith(prefix)}
-            one.settle(flow, {k: flow.per_param(v) if v.ndim == 1 else v for k, v in mine.items()})
-        sums: Values = {}
-        for one, takes_sums in segment.running:
-            if one is segment.whole:
-                flow[f"{one.name}.whole"] = whole[one.name]
-            one.transform(flow)
-            if takes_sums:
-                for key, value in one.sums(flow).items():
-                    sums[f"{one.name}.{key}"] = self._sum(value, flow)
-            elif one.name in segment.immediate:
-                one.settle(flow, {})
-        return sums
 
     def _sum(self, value: Tensor | Folded | ByRow | ByColumn, flow: Flow) -> Tensor:
         if isinstance(value, (ByRow, ByColumn)):
@@ -217,7 +176,10 @@ class Program:
             start = self.bucket.shard.start % value.size
             flat = torch.nn.functional.pad(flat, (start, -(flat.shape[1] + start) % value.size))
             return flat.reshape(flat.shape[0], -1, value.size).sum(1)
-        return value.reshape(value.shape[0], -1).sum(1)
+        if torch.compiler.is_compiling() and value.ndim > 2:  # sums over short lines stay in registers
+            return value.flatten(2).sum(2).sum(1)
+        n = value.shape[0]
+        return value.reshape(n) if value.numel() == n else value.reshape(n, -1).sum(1)
 
     def _line_sums(self, given: ByRow | ByColumn, flow: Flow) -> Tensor:
         """Sums of all rows ``[N, rows]`` or columns ``[N, columns]``, of the elements that are here."""
@@ -226,7 +188,7 @@ class Program:
         if column_index is None or value.ndim > 2:
             grid = value.reshape(n, value.shape[1], torch.Size(value.shape[2:]).numel())
             if isinstance(given, ByColumn):
-                part = grid.sum(1)
+                part = _sum_of_rows(grid)
                 if column_index is None:
                     return part
                 return part.new_zeros(n, self.info.columns).index_add_(1, column_index, part)
@@ -249,50 +211,36 @@ class Program:
 
         All that is written is computed before anything is: running out of memory changes nothing.
         """
-        ok = flow[_FINITE]
-        param = flow["param"]
-        update = flow["rate"] * flow["update"]
-        target = torch.addcmul(param, update, flow["scale"], value=-1) if "scale" in flow else param - update
-        if "decay" in flow:
-            target.addcmul_(flow["decay"], param, value=-1)
-        if "drift" in flow:
-            target.sub_(flow["drift"])
-        if "pull" in flow:
-            target.lerp_(flow.state["anchor"].expand_as(target), flow["pull"])
-        words: Tensor | None = None
-        if self.rounding == "stochastic" or any(self.bucket.codecs[name].noisy for name in flow.new):
-            words = element_words(flow.per_param(scalars["seeds"]), scalars["index"].to(torch.int32))
-        old = stored["param"]
-        if self.rounding == "stochastic":
-            assert words is not None
-            written = round_stochastic(target, stream_noise(words, 0), old.dtype)
-        elif self.rounding == "kahan":
-            # an element that does not move (lr 0) keeps weight and remainder: a remainder of half a bit would round up
-            lost = flow.state[KAHAN.name]
-            moves = target != param
-            wanted = (target - param) + lost
-            written = torch.where(moves, param + wanted, param).to(old.dtype)
-            flow.new[KAHAN.name] = torch.where(moves, wanted - (written.to(self.compute) - param), lost)
-        else:
-            written = target.to(old.dtype)
+        ok = flow[FINITE]
+        old, needed = stored["param"], "index" in scalars
+        written, encoded = self.rules.written(
+            flow,
+            scalars["seeds"] if needed else None,
+            scalars["index"].to(torch.int32) if needed else None,
+            old.dtype,
+        )
         fixed = {slot.name for slot in self.bucket.slots if slot.shape != "like"}
         writes: list[Write] = []
-        for name, value in flow.new.items():
+        for name, suffix, part in encoded:
             if name in fixed and not last:
                 continue
-            codec = self.bucket.codecs[name]
-            noise = stream_noise(words, self.streams[name]) if words is not None and codec.noisy else None
-            for suffix, part in codec.encode(value, noise).items():
-                have = stored[name + suffix]
-                if isinstance(stored, Pieces):
-                    stored.written.add(name + suffix)
-                keep = ok.reshape(-1, *([1] * (have.ndim - 1)))
-                writes.append(Write.blend(have, part.reshape(have.shape), keep))
+            have = stored[name + suffix]
+            if isinstance(stored, Pieces):
+                stored.written.add(name + suffix)
+            keep = ok.reshape(-1, *([1] * (have.ndim - 1)))
+            writes.append(Write.blend(have, part.reshape(have.shape), keep))
         writes.append(Write.blend(old, written, ok))
         if last:
             writes.append(Write("add", stored["skipped"], 1 - ok.reshape(-1)))
         for write in writes:
             write()
+
+
+def _sum_of_rows(grid: Tensor) -> Tensor:
+    """``[N, rows, columns]`` → ``[N, columns]``; compiled, in bands of rows, which is nearer to the order in memory."""
+    if torch.compiler.is_compiling() and grid.shape[1] > BAND and grid.shape[1] % BAND == 0:
+        return grid.view(grid.shape[0], -1, BAND, grid.shape[2]).sum(2).sum(1)
+    return grid.sum(1)
 
 
 class States(dict[str, Tensor]):
@@ -329,7 +277,7 @@ class Write(NamedTuple):
         ``lerp`` is exact at both ends for finite values, and runs several times faster than a choice by a boolean
         tensor.
         """
-        if old.ndim <= 1 or old[0].numel() <= 4096:
+        if old.ndim <= 1 or old[0].numel() <= 4096 or torch.compiler.is_compiling():
             return cls("copy", old, torch.where(ok > 0, new, old))
         if old.dtype.is_floating_point:
             return cls("lerp", old, new, ok.to(old.dtype))
@@ -344,8 +292,3 @@ class Write(NamedTuple):
         else:
             assert self.share is not None
             self.old.lerp_(self.value, self.share)
-
-
-def periodic(chain: tuple[Technique, ...]) -> list[PeriodicTechnique]:
-    """The periodic techniques of a recipe."""
-    return [one for one in chain if isinstance(one, PeriodicTechnique)]

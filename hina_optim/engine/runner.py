@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from hina_optim.engine.bucket import Bucket
-from hina_optim.engine.cells import CPU_CHUNK, GRAIN, KEPT_VALUES, LIVE_VALUES, Cell, cut
+from hina_optim.engine.cells import (
+    CPU_CHUNK,
+    GRAIN,
+    KEPT_VALUES,
+    LINED_VALUES,
+    LIVE_VALUES,
+    STACK,
+    Cell,
+    contiguous,
+    cut,
+)
 from hina_optim.engine.exhaustion import UNCHANGED, ExhaustionError, attempt, give_back, is_out_of_memory
 from hina_optim.engine.layout import Layout
 from hina_optim.engine.program import Inputs, Program, Values
@@ -169,17 +179,27 @@ class Runner:
 
     def _limit(self, bucket: Bucket, program: Program, most: int) -> int:
         """Elements that may run at once within so many bytes."""
-        limit = max(GRAIN, most // self._each(bucket) // GRAIN * GRAIN)
-        return min(limit, CPU_CHUNK) if bucket.key.device.type == "cpu" and not program.compiled else limit
+        limit = max(GRAIN, most // self._each(bucket, program) // GRAIN * GRAIN)
+        if self._lined(bucket, program):
+            return min(limit, STACK) if bucket.size > 1 else limit
+        eager = program.lines is not None or not program.compiled
+        return min(limit, CPU_CHUNK) if bucket.key.device.type == "cpu" and eager else limit
 
     @staticmethod
-    def _each(bucket: Bucket) -> int:
+    def _lined(bucket: Bucket, program: Program) -> bool:
+        """Whether its segments run in lines: with next to no temporary values."""
+        return program.lines is not None and contiguous(bucket)
+
+    def _each(self, bucket: Bucket, program: Program) -> int:
         """Bytes that a step holds an element."""
+        values = LINED_VALUES if self._lined(bucket, program) else LIVE_VALUES
         # of what comes from the host, this cell's pieces and the next one's
-        return (LIVE_VALUES + 2 * len(bucket.hosted)) * compute_dtype(bucket.key.dtype).itemsize
+        return (values + 2 * len(bucket.hosted)) * compute_dtype(bucket.key.dtype).itemsize
 
     def _live_bytes(self, bucket: Bucket, program: Program) -> int:
-        return self._each(bucket) * min(self._limit(bucket, program, self.max_bytes), bucket.size * bucket.numel)
+        return self._each(bucket, program) * min(
+            self._limit(bucket, program, self.max_bytes), bucket.size * bucket.numel
+        )
 
     def _attempt(self, run: Callable[[], T], cell: Cell | None, cells: Sequence[Cell], what: str) -> T:
         """Run what changes nothing unless it succeeds; once more if memory runs out."""
@@ -224,12 +244,12 @@ class Runner:
             both = {"param": torch.stack(weights), "grad": torch.stack(grads)}
         stored |= cell.chunk(both)
         scalars = {k: v[rows] if v.ndim else v for k, v in cell.measured_scalars.items()}
-        if cell.program.needs_index:
+        if cell.program.needs_index and cell.program.lines is None:  # lines make their own
             index = bucket.shard.index(bucket.key.device, cell.begin, cell.end)
             scalars["index"] = index.reshape(1, *stored["grad"].shape[1:])
         if cell.program.needs_rows:
             scalars |= cell.lines()
-        return Inputs(stored, scalars)
+        return Inputs(stored, scalars, bucket.shard.start + cell.begin)
 
     def _with_hosted(self, cell: Cell, i: int, stored: Values) -> Values:
         """Pieces of state with those from the host in the place of where they live."""
@@ -281,7 +301,8 @@ class Runner:
                     self._note(cell)
                 keep = cell.kept and (not self._short or len(cells) == 1 or cell.program.needs_whole)
                 cell.inputs = inputs if keep and not final else None
-                cell.carry = values if keep and not final else None
+                carries = not cell.program.compiled or cell.program.needs_whole  # other graphs compute values again
+                cell.carry = values if keep and carries and not final else None
                 if not final:
                     results.append((cell, sums))
             if results:

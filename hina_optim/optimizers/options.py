@@ -211,8 +211,9 @@ OPTIONS: dict[str, Option] = {
     "state_precision": Option(
         ENGINE_RULES["state_precision"],
         '"fp32", "bf16" (rounded stochastically) or "8bit" (blocks of 256 within a row, learning-rate masks on a '
-        "logarithmic scale) for moments, masks and running averages; None: what the class is named for. Signs are "
-        "int8, the first weights have the parameter's dtype, small statistics stay in fp32.",
+        "logarithmic scale, signs beside blocks in two bits) for moments, masks and running averages; None: what the "
+        "class is named for. Other signs are int8, the first weights have the parameter's dtype, small statistics stay "
+        "in fp32.",
     ),
     "min_8bit_size": Option(
         rule.COUNT, "Elements of the whole parameter below which 8-bit state is kept in bf16 or fp32, ≥ 0."
@@ -237,7 +238,8 @@ OPTIONS: dict[str, Option] = {
     "seed": Option(rule.INTEGER, "Of the stochastic rounding. The same on every rank, replica and resume."),
     "compile": Option(
         rule.OPTIONAL_FLAG,
-        "Run under torch.compile, one graph a segment and shape, which takes long to build. None: as False.",
+        "Run under torch.compile, which takes long to build its graphs: one a segment for element-wise recipes, one a "
+        "segment and shape for others. None: as False.",
     ),
     "verbose": Option(
         rule.FLAG, 'Log learning rates at intervals, level INFO of the logger "hina_optim". Nothing is ever printed.'
