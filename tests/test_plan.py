@@ -226,7 +226,8 @@ def test_a_step_takes_no_more_than_planned(name: str, shape: tuple[int, ...], co
     optimizer.step()
     most, _ = peak(optimizer.step)
     bound = plan_of(optimizer).temporary_bytes
-    assert 0.4 * bound < most < bound
+    # one bound for all recipes, of which the leanest keeps a third of the values alive that the fullest does
+    assert bound / 3 < most < bound
 
 
 def _fully_sharded(rank: int, size: int) -> None:
