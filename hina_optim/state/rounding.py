@@ -63,9 +63,8 @@ def stream_noise(words: Tensor, stream: int) -> Tensor:
     if turn:
         words = mix(words + turn)
     factor = STREAMS[place]
-    # of a product, the upper bits depend on all bits of the word
-    product = words * (factor - (1 << 32) if factor >= 1 << 31 else factor)
-    return product.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    # products alone are too alike: averages that several draws of a step round went astray by a third more
+    return mix(words * (factor - (1 << 32) if factor >= 1 << 31 else factor)).bitwise_and_(0xFFFF)
 
 
 def round_stochastic(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
