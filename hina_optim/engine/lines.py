@@ -375,7 +375,8 @@ def line_length(n: int, numel: int) -> int:
 def lines_of(bucket: Bucket, measuring: frozenset[str]) -> Lines | None:
     """Graphs for a bucket in steps in which these techniques measure; None where it must run in another way.
 
-    That is where rows and columns are told apart or complete matrices are needed, and where a shard is a box.
+    That is where rows and columns are told apart, complete matrices or sums of many numbers are needed, and where a
+    shard is a box.
     """
     rules = Rules.of(bucket, frozenset())
     acting = tuple(one for one in rules.applied if not _idle(one))
@@ -386,6 +387,7 @@ def lines_of(bucket: Bucket, measuring: frozenset[str]) -> Lines | None:
         aside is None
         or bucket.shard.slices is not None
         or any(one.whole or one.by_rows for one in acting)
+        or any(slot.shape not in ("like", ()) for slot in kept)  # a graph knows elements, and numbers
         or any(not _element_wise(bucket.codecs[slot.name]) for slot in kept if slot.shape == "like")
     ):
         return None
