@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hina_optim import HinaAdaptive
 from hina_optim.state.precision import Storage, TensorCodec, codec_for
-from hina_optim.state.rounding import STREAMS, element_words, param_seeds, round_stochastic, stream_noise
+from hina_optim.state.rounding import element_words, param_seeds, round_stochastic, stream_noise
 from hina_optim.state.slot import Slot
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -128,7 +128,7 @@ def test_noise_has_no_period(step: int, stream: int) -> None:
 
 
 def test_streams_of_one_word_are_independent() -> None:
-    """Draws that are multiples of one word: in pairs, they fill the square evenly, and no draw of one moves another."""
+    """Draws from one word: in pairs, they fill the square evenly, and no draw of one moves another."""
     n, streams = 1 << 18, 20
     draws = torch.cat([noise((n,), seed=4, stream=k) for k in range(streams)])
     unit = (draws.double() + 0.5) / 2**16 - 0.5
@@ -140,28 +140,6 @@ def test_streams_of_one_word_are_independent() -> None:
             pair = (draws[a] // 2048) * cells + draws[b] // 2048
             excess = (pair.bincount(minlength=cells**2) - expected).square().sum() / expected - (cells**2 - 1)
             assert excess < 7 * math.sqrt(2 * cells**2)
-
-
-def test_multipliers_of_streams_share_no_coarse_lattice() -> None:
-    """What their comment says: the shortest vector between (a·w, b·w) mod 2³², by Gauss's reduction."""
-    assert all(a % 2 for a in STREAMS) and len(set(STREAMS)) == len(STREAMS)
-    for a in STREAMS:
-        for b in STREAMS:
-            if a != b:
-                ratio = b * pow(a, -1, 1 << 32) % (1 << 32)
-                assert shortest((1 << 32, 0), (ratio, 1)) > 1 << 14
-
-
-def shortest(u: tuple[int, int], v: tuple[int, int]) -> float:
-    """Length of the shortest vector of a lattice of two dimensions."""
-    while True:
-        (u0, u1), (v0, v1) = u, v
-        length = v0 * v0 + v1 * v1
-        times = (2 * (u0 * v0 + u1 * v1) + length) // (2 * length)
-        u0, u1 = u0 - times * v0, u1 - times * v1
-        if u0 * u0 + u1 * u1 >= length:
-            return math.sqrt(length)
-        u, v = v, (u0, u1)
 
 
 def test_noise_of_an_element_is_uniform_over_time() -> None:

@@ -11,25 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from hina_lightning.sharded_state.loading import LENGTH
+from hina_lightning.sharded_state.single import DTYPES as STORED
+
 __all__ = ["ModelFileError", "lora_of", "model_of"]
 
-#: Bytes in front of a head: its length.
-LENGTH = 8
 #: More than a head ever has; a length beyond it is that of another format.
 LONGEST = 100_000_000
 #: What safetensors calls the dtypes that parameters have.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
+DTYPES = {name: dtype for dtype, name in STORED.items()} | {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 

@@ -26,7 +26,6 @@ __all__ = [
     "LIVE_VALUES",
     "STACK",
     "Cell",
-    "contiguous",
     "cut",
 ]
 
@@ -135,7 +134,7 @@ class Cell:
         return {"row_index": index // columns, "column_index": index % columns}
 
 
-def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None, numel: int) -> Iterator[Cell]:
+def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None, numel: int, flat: bool) -> Iterator[Cell]:
     """The cells of a bucket for its next step.
 
     Args:
@@ -144,6 +143,7 @@ def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None, numel
         limit: Elements that may run at once.
         loss: 0-d, the loss that was reported for this step; None where none was.
         numel: Elements that a parameter counts for; its local ones, or more.
+        flat: Whether all its weights and gradients are contiguous.
     """
     device = bucket.key.device
     precise = torch.float32 if device.type == "mps" else torch.float64
@@ -164,7 +164,7 @@ def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None, numel
     if program.needs_index:
         scalars["seeds"] = param_seeds(bucket.keys, int(bucket.group["seed"]), bucket.step)
     n = bucket.size
-    by_rows = not contiguous(bucket) or (program.needs_rows and len(bucket.key.local_shape) > 1)
+    by_rows = not flat or (program.needs_rows and len(bucket.key.local_shape) > 1)
     if by_rows and not program.needs_whole:
         row = max(1, numel // max(1, bucket.key.local_shape[0] if bucket.key.local_shape else 1))
         step = FOLD // math.gcd(row, FOLD)
@@ -186,8 +186,3 @@ def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None, numel
     for first in range(0, n, each):
         stop = min(n, first + each)
         yield Cell(bucket, program, first, stop, 0, bucket.numel, False, False, True, scalars)
-
-
-def contiguous(bucket: Bucket) -> bool:
-    """Whether all its weights and gradients are flat in memory."""
-    return all(x.is_contiguous() for x in (*bucket.weights(), *bucket.grads()))

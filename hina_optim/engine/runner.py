@@ -26,7 +26,6 @@ from hina_optim.engine.cells import (
     LIVE_VALUES,
     STACK,
     Cell,
-    contiguous,
     cut,
 )
 from hina_optim.engine.exhaustion import UNCHANGED, ExhaustionError, attempt, give_back, is_out_of_memory
@@ -75,6 +74,7 @@ class Runner:
         self.updated: dict[Bucket, list[tuple[int, int]]] = {}
         #: name of a parameter of which some chunks are updated and others not yet
         self.torn: str | None = None
+        self._flat: dict[Bucket, bool] = {}
         self._ahead: list[Cell] = []  # cells whose state is on its way
         self._short = False  # memory ran out in this step: keep nothing that can be computed again
 
@@ -185,10 +185,15 @@ class Runner:
         eager = program.lines is not None or not program.compiled
         return min(limit, CPU_CHUNK) if bucket.key.device.type == "cpu" and eager else limit
 
-    @staticmethod
-    def _lined(bucket: Bucket, program: Program) -> bool:
+    def _lined(self, bucket: Bucket, program: Program) -> bool:
         """Whether its segments run in lines: with next to no temporary values."""
-        return program.lines is not None and contiguous(bucket)
+        return program.lines is not None and self._is_flat(bucket)
+
+    def _is_flat(self, bucket: Bucket) -> bool:
+        """Whether all its weights and gradients are contiguous."""
+        if bucket not in self._flat:
+            self._flat[bucket] = all(x.is_contiguous() for x in (*bucket.weights(), *bucket.grads()))
+        return self._flat[bucket]
 
     def _each(self, bucket: Bucket, program: Program) -> int:
         """Bytes that a step holds an element."""
@@ -227,7 +232,8 @@ class Runner:
         most = int(bucket.group["max_buffer_memory_mb"] * 1e6) if alike else self.max_bytes
         limit = self._limit(bucket, program, most)
         numel = bucket.info.numel if alike else bucket.numel
-        return self._attempt(lambda: list(cut(bucket, program, limit, self.loss, numel)), None, (), "the scalars")
+        flat = self._is_flat(bucket)
+        return self._attempt(lambda: list(cut(bucket, program, limit, self.loss, numel, flat)), None, (), "the scalars")
 
     def _inputs(self, cell: Cell, i: int) -> Inputs:
         """Stored tensors of a cell for segment ``i``: views where the memory allows it, stacks of the small ones."""

@@ -10,19 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["STREAMS", "element_words", "mix", "param_seeds", "round_stochastic", "stream_noise"]
+__all__ = ["element_words", "mix", "param_seeds", "round_stochastic", "stream_noise"]
 
 _M1 = 0x7FEB352D
 _M2 = 0x846CA68B - (1 << 32)
 _GOLDEN = 0x9E3779B9 - (1 << 32)
 _M3 = 0x2C1B3C6D
-#: One odd multiplier a stream. For no two of them, ``a`` and ``b``, do the points ``(a·w, b·w) mod 2³²`` of all words
-#: ``w`` lie on few lines: the shortest vector of their lattice is longer than 2¹⁴, so that the upper bits of both
-#: products are as good as independent.
-STREAMS = (
-    *(0x2265B1F5, 0x91B7584B, 0xD8F16ADF, 0xCD613E31, 0x1027C4D1, 0x414C343D, 0x7ED4D57B, 0xC2CE6F45),
-    *(0x7311D8A3, 0x612E7697, 0xC9E9C617, 0x35BF992D, 0x0741C7A9, 0xE4B06CE7, 0xD5F4B3B3, 0x63CA828D),
-)
+#: What words are moved by from one stream to the next: odd, and no small multiple of it is near one of 2³².
+_STREAM = 0x632BE59B
 
 
 def mix(x: Tensor) -> Tensor:
@@ -41,7 +36,7 @@ def param_seeds(keys: Tensor, seed: int, step: int) -> Tensor:
 
 
 def element_words(seeds: Tensor, index: Tensor) -> Tensor:
-    """One scrambled word an element, int32, ``[N, *shape]``: what all draws of a step share, and most of their work.
+    """One scrambled word an element, int32, ``[N, *shape]``: what all draws of a step share, and half of their work.
 
     Args:
         seeds: int32 ``[N, 1, …]``, from :func:`param_seeds`.
@@ -59,12 +54,10 @@ def stream_noise(words: Tensor, stream: int) -> Tensor:
         words: Of this step.
         stream: Which of several independent draws in one step, from 0.
     """
-    turn, place = divmod(stream, len(STREAMS))
-    if turn:
-        words = mix(words + turn)
-    factor = STREAMS[place]
-    # products alone are too alike: averages that several draws of a step round went astray by a third more
-    return mix(words * (factor - (1 << 32) if factor >= 1 << 31 else factor)).bitwise_and_(0xFFFF)
+    # hashed, not only multiplied: products of one word are too alike, and averages that several draws of a step round
+    # went astray by a third more
+    move = (stream + 1) * _STREAM & 0xFFFFFFFF
+    return mix(words + (move - (1 << 32) if move >= 1 << 31 else move)).bitwise_and_(0xFFFF)
 
 
 def round_stochastic(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
