@@ -387,7 +387,7 @@ def lines_of(bucket: Bucket, measuring: frozenset[str]) -> Lines | None:
         aside is None
         or bucket.shard.slices is not None
         or any(one.whole or one.by_rows for one in acting)
-        or any(slot.shape not in ("like", ()) for slot in kept)  # a graph knows elements, and numbers
+        or any(_remembers_many(one, bucket) for one in acting)
         or any(not _element_wise(bucket.codecs[slot.name]) for slot in kept if slot.shape == "like")
     ):
         return None
@@ -437,6 +437,12 @@ def _aside(bucket: Bucket, measuring: frozenset[str]) -> tuple[tuple[Technique, 
 def _idle(one: Technique) -> bool:
     """Whether a technique does nothing but measure."""
     return isinstance(one, PeriodicTechnique) and type(one).transform is Technique.transform
+
+
+def _remembers_many(one: Technique, bucket: Bucket) -> bool:
+    """Whether every step needs state of a fixed shape; what measures needs its own only when it does."""
+    fixed = any(slot.shape not in ("like", ()) for slot in one.slots(bucket.info))
+    return fixed and not isinstance(one, PeriodicTechnique)
 
 
 def _element_wise(codec: Codec) -> bool:
