@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from hina_optim import HinaAdaptive
-from hina_optim.engine.lines import compiler
+from hina_optim.engine.compiled import compiler
 from tests.optim_cases import EVERYTHING, NOTHING
 
 LR = 3e-4

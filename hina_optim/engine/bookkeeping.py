@@ -20,8 +20,8 @@ from hina_optim import arguments as rule
 from hina_optim.engine import population, sizes
 from hina_optim.engine.agreement import Agreement
 from hina_optim.engine.bucket import KAHAN, SOLO_NUMEL, Bucket, BucketKey, Member
+from hina_optim.engine.compiled import is_compiled
 from hina_optim.engine.identities import Identities
-from hina_optim.engine.lines import is_compiled
 from hina_optim.engine.loading import check_loaded
 from hina_optim.engine.plan import check_recipe
 from hina_optim.engine.program import Program

@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from hina_optim.engine.bucket import Bucket
-from hina_optim.engine.lines import OPTIONS, Lines, lines_of
+from hina_optim.engine.compiled import OPTIONS, Compiled, without_numbers
+from hina_optim.engine.grids import BAND, grids_of
+from hina_optim.engine.lines import lines_of
 from hina_optim.engine.rules import FINITE, FiniteGuard, Rules, Values
 from hina_optim.engine.transfers import Pieces
 from hina_optim.techniques.base import ByColumn, ByRow, Flow, Folded, Technique
 
 __all__ = ["FiniteGuard", "Inputs", "Program", "Values"]
 
-#: Rows that a graph adds up at a time where it adds up each column.
-BAND = 32
+#: 1 for rows that are written, 0 for others: ``[N, rows, 1, …]``.
+KEPT = "engine.rows"
 
 
 @dataclass
@@ -45,6 +47,11 @@ class Inputs:
     start: int = 0
 
 
+def graphs_of(bucket: Bucket, measuring: frozenset[str]) -> Compiled | None:
+    """How a bucket runs in graphs that serve parameters of every shape; None where graphs must be made by shape."""
+    return lines_of(bucket, measuring) or grids_of(bucket, measuring)
+
+
 class Program:
     """A bucket's segments for one set of measuring techniques.
 
@@ -61,9 +68,9 @@ class Program:
     def __init__(self, bucket: Bucket, measuring: frozenset[str], compiled: bool) -> None:
         self.bucket = bucket
         self.info = bucket.info
-        self.lines: Lines | None = lines_of(bucket, measuring) if compiled else None
+        self.lines: Compiled | None = graphs_of(bucket, measuring) if compiled else None
         # a step that measures what only the plan can is eager where others run in lines: graphs would be seldom used
-        self.compiled = compiled and (self.lines is not None or lines_of(bucket, frozenset()) is None)
+        self.compiled = compiled and (self.lines is not None or graphs_of(bucket, frozenset()) is None)
         # what measures beside the graphs has its sums in the first segment, and no part in the plan
         self.rules = Rules.of(bucket, measuring) if self.lines is None else self.lines.rules
         self.compute = self.rules.compute
@@ -81,6 +88,7 @@ class Program:
             or any(c.noisy for c in bucket.codecs.values())
             or any(one.needs_index and one.applies(self.info) for one in acting)
         )
+        self._holds = True
         self._steps: dict[tuple[int, bool, bool], Callable[..., tuple[Values, Values]]] = {}
 
     def run(
@@ -102,9 +110,28 @@ class Program:
         """
         if self.lines is not None:
             return {}, self._run_lines(self.lines, i, inputs, totals[:i], last)
-        return self._step(i, carry is None, last)(inputs.stored, inputs.scalars, carry or {}, totals[:i], whole)
+        scalars = inputs.scalars
+        if self.compiled and self.needs_rows and i + 1 == len(self.segments):
+            scalars = scalars | {KEPT: self._finite_rows(inputs.stored["param"], totals[0])}
+        given = inputs.stored, scalars, carry or {}, totals[:i], whole
+        try:
+            return self._step(i, carry is None, last)(*given)
+        except RuntimeError as error:
+            if not self.compiled or not self._holds:
+                raise
+            without_numbers(error, i, len(self.segments))
+            self._holds = False
+            self._steps.clear()
+            return self._step(i, carry is None, last)(*given)
 
-    def _run_lines(self, lines: Lines, i: int, inputs: Inputs, totals: list[Values], last: bool) -> Values:
+    def _finite_rows(self, param: Tensor, totals: Values) -> Tensor:
+        """For every row whether it is written: with this, all that is written is one loop over rows and columns."""
+        ok = (totals["engine.bad"] == 0).to(self.compute)
+        return (
+            ok.reshape(-1, *([1] * (param.ndim - 1))).expand(-1, *param.shape[1:2], *([1] * (param.ndim - 2))).clone()
+        )
+
+    def _run_lines(self, lines: Compiled, i: int, inputs: Inputs, totals: list[Values], last: bool) -> Values:
         stored, scalars = inputs.stored, inputs.scalars
         if last and i + 1 == len(self.segments):
             lines.settle(stored, scalars, totals[0])
@@ -122,11 +149,14 @@ class Program:
     def _step(self, i: int, again: bool, last: bool) -> Callable[..., tuple[Values, Values]]:
         key = (i, again, last or i < len(self.segments) - 1)
         if key not in self._steps:
+            compiled = self.compiled and self.lines is None
+            holds = compiled and self._holds
 
             def phase(
                 stored: Values, scalars: Values, carry: Values, totals: list[Values], whole: Values
             ) -> tuple[Values, Values]:
                 flow = self._flow(stored, scalars, carry if not again else {}, start=again)
+                flow.holds = holds
                 sums: Values = {}
                 for j in range(0 if again else i, i + 1):
                     sums = self.rules.run(j, flow, totals, whole, self._sum)
@@ -140,7 +170,7 @@ class Program:
                     left |= {f"state.{k}": v for k, v in flow.state.items()}
                 return left, sums
 
-            if self.compiled and self.lines is None:
+            if compiled:
                 # torch.compile counts recompilations by code object; each segment of each bucket is a program of its
                 # own
                 code = phase.__code__.replace(co_name=f"phase{i}{'_again' if again else ''}{'' if last else '_part'}")
@@ -219,6 +249,7 @@ class Program:
             scalars["index"].to(torch.int32) if needed else None,
             old.dtype,
         )
+        rows = scalars.get(KEPT, ok)
         fixed = {slot.name for slot in self.bucket.slots if slot.shape != "like"}
         writes: list[Write] = []
         for name, suffix, part in encoded:
@@ -227,9 +258,9 @@ class Program:
             have = stored[name + suffix]
             if isinstance(stored, Pieces):
                 stored.written.add(name + suffix)
-            keep = ok.reshape(-1, *([1] * (have.ndim - 1)))
+            keep = ok.reshape(-1, *([1] * (have.ndim - 1))) if have.shape != old.shape else rows
             writes.append(Write.blend(have, part.reshape(have.shape), keep))
-        writes.append(Write.blend(old, written, ok))
+        writes.append(Write.blend(old, written, rows))
         if last:
             writes.append(Write("add", stored["skipped"], 1 - ok.reshape(-1)))
         for write in writes:

@@ -16,7 +16,7 @@ from hina_optim.state.rounding import element_words, round_stochastic, stream_no
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import Flow, ParamInfo, PeriodicTechnique, Sums, Technique
 
-__all__ = ["FINITE", "FiniteGuard", "Rules", "Values"]
+__all__ = ["FINITE", "FiniteGuard", "Rules", "Values", "chosen"]
 
 Values = dict[str, Tensor]
 
@@ -118,19 +118,14 @@ class Rules:
         totals: list[Values],
         whole: Values,
         add: Callable[[Any, Flow], Tensor],
-        settled: Callable[[Flow], None] | None = None,
     ) -> Values:
-        """Segment ``i``: its sums ``{"<technique>.<name>": …}``, each added up by ``add``.
-
-        ``settled`` is called once all that waited for totals has them.
-        """
+        """Segment ``i``: its sums ``{"<technique>.<name>": …}``, each added up by ``add``."""
         segment = self.segments[i]
         for one in segment.settling:
             prefix = f"{one.name}."
             mine = {k[len(prefix) :]: v for k, v in totals[i - 1].items() if k.startswith(prefix)}
             one.settle(flow, {k: flow.per_param(v) if v.ndim == 1 else v for k, v in mine.items()})
-        if settled is not None:
-            settled(flow)
+        flow.hold()
         sums: Values = {}
         for one, takes_sums in segment.running:
             if one is segment.whole:
@@ -195,6 +190,13 @@ class Rules:
             noise = stream_noise(words, self.streams[name]) if words is not None and codec.noisy else None
             for suffix, part in codec.encode(value, noise).items():
                 yield name, suffix, part
+
+
+def chosen(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` where ``ok``, else ``old``, in a graph; bytes as floats: of bytes, the compiler chooses one by one."""
+    if old.dtype in (torch.int8, torch.uint8):
+        return torch.where(ok, new.float(), old.float()).to(old.dtype)
+    return torch.where(ok, new, old)
 
 
 def periodic(chain: tuple[Technique, ...]) -> list[PeriodicTechnique]:

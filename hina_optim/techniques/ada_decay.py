@@ -69,5 +69,5 @@ class AdaDecay(ScheduledDecay):
         steepness = torch.where(usable, ALPHA * torch.rsqrt(torch.where(usable, variance, 1)), 0)
         # the mean of a usable parameter is finite, but that of another may overflow: infinity times zero
         center = steepness * torch.where(usable, mean, 0)
-        factor = (flow["grad"].abs() * steepness).sub_(center).sigmoid_()
+        factor = (flow["grad"].abs() * flow.once(steepness)).sub_(flow.once(center)).sigmoid_()
         flow["decay"] = factor * (2 * flow["lr"] * flow.scalar(self, "strength"))

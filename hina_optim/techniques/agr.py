@@ -43,7 +43,7 @@ class AdaptiveGradientRegularization(Technique):
         """Apply the factor."""
         grad, total = flow["grad"], totals["magnitude"]
         # the inverse is one number a parameter; a gradient that is zero everywhere has none
-        inverse = torch.where(total > 0, 1 / total, 0)
+        inverse = flow.once(torch.where(total > 0, 1 / total, 0))
         magnitude = flow.values.pop("agr.magnitude", None)
         share = (grad.abs() if magnitude is None else magnitude) * inverse
-        flow["grad"] = torch.lerp(grad, torch.zeros_like(inverse), share)
+        flow["grad"] = torch.addcmul(grad, grad, share, value=-1)

@@ -64,6 +64,9 @@ __all__ = [
     "Technique",
 ]
 
+#: Copies of a number that :meth:`Flow.once` takes the largest of: a loop over fewer would be unrolled.
+COPIES = 16
+
 NAMES = frozenset(
     {
         "grad",
@@ -174,7 +177,8 @@ class Flow:
 
     ``state`` holds the old state (float32, ``[N, *shape]``, or ``[N, …]`` for slots of fixed shape), read-only; a
     technique puts new state into ``new``. ``flow["index"]`` (measuring steps only) is the global flat index of every
-    element present, int64 ``[1, *shape]``: a shard or a chunk does not begin at 0.
+    element present, int64 ``[1, *shape]``: a shard or a chunk does not begin at 0. ``holds`` is True where the engine
+    compiles (:meth:`once`).
     """
 
     def __init__(
@@ -184,12 +188,14 @@ class Flow:
         new: dict[str, Tensor],
         scalars: dict[str, Tensor],
         info: ParamInfo,
+        holds: bool = False,
     ) -> None:
         self.values = values
         self.state = state
         self.new = new
         self.scalars = scalars
         self.info = info
+        self.holds = holds
         self._signs: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -217,20 +223,38 @@ class Flow:
         """Reshape ``[N]`` to ``[N, 1, …]`` so that it broadcasts against the parameters present."""
         return x.reshape(x.shape[0], *([1] * (self.values["grad"].ndim - 1)))
 
+    def once(self, x: Tensor) -> Tensor:
+        """Numbers of a parameter, of rows or columns, made before the loop over elements, not again for each of them.
+
+        Eagerly they are there anyway. A compiler takes up in a loop whatever can be computed there, a dozen roots and
+        quotients, but not what is the outcome of a reduction: here the largest of equal numbers.
+        """
+        if not self.holds:
+            return x
+        if x.shape[1:].numel() == 1:
+            return x.unsqueeze(-1).expand(*x.shape, COPIES).amax(-1)
+        # twice, so that the loop over rows is not taken for the same as that over rows of elements: torch 2.13 cannot
+        # always fuse the two
+        return x.unsqueeze(-1).expand(2, *x.shape, COPIES).amax(-1)[0]
+
+    def hold(self) -> None:
+        """The same for every value that is one number a parameter."""
+        for name, value in self.values.items() if self.holds else ():
+            if value.ndim > 1 and all(size == 1 for size in value.shape[1:]):
+                self.values[name] = self.once(value)
+
     def over_rows(self, x: Tensor) -> Tensor:
         """Lay a number a row, ``[N, rows]``, over the elements present: broadcastable to ``[N, *shape]``."""
         index = self.values.get("row_index")
-        if index is not None:
-            x = x.index_select(1, index)
+        x = self.once(x if index is None else x.index_select(1, index))
         return x.reshape(x.shape[0], x.shape[1], *([1] * (self.values["grad"].ndim - 2)))
 
     def over_columns(self, x: Tensor) -> Tensor:
         """Lay a number a column, ``[N, columns]``, over the elements present: broadcastable to ``[N, *shape]``."""
         index = self.values.get("column_index")
-        if index is not None:
-            x = x.index_select(1, index)
-            if self.values["grad"].ndim == 2:  # a flat piece that does not consist of whole rows
-                return x
+        x = self.once(x if index is None else x.index_select(1, index))
+        if index is not None and self.values["grad"].ndim == 2:  # a flat piece that does not consist of whole rows
+            return x
         return x.reshape(x.shape[0], 1, *self.values["grad"].shape[2:])
 
     def scalar(self, technique: Technique, name: str) -> Tensor:
@@ -245,6 +269,18 @@ class Flow:
         """
         count = self.scalars.get("count")
         return max(float(self.info.numel), 1.0) if count is None else self.per_param(count)
+
+    @property
+    def rows(self) -> int | Tensor:
+        """Rows of the matrix view of one parameter: a number, or, compiled, ``[N, 1]``."""
+        found = self.scalars.get("rows")
+        return self.info.rows if found is None else found.unsqueeze(1)
+
+    @property
+    def columns(self) -> int | Tensor:
+        """Columns of the matrix view of one parameter: a number, or, compiled, ``[N, 1]``."""
+        found = self.scalars.get("columns")
+        return self.info.columns if found is None else found.unsqueeze(1)
 
 
 Self = TypeVar("Self", bound="Technique")

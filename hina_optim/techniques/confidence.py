@@ -99,4 +99,4 @@ class Confidence(Technique):
         names = ("exp_avg_res_row", "exp_avg_res_col")
         a, b = follow_factors(flow, names, totals, self.beta3, flow.scalar(self, "correct"), self.eps)
         largest = LIMIT * (totals["squares"] / flow.count).clamp(min=NOTHING).rsqrt()
-        flow["update"] = (flow.over_rows(a) * flow.over_columns(b)).clamp_max_(largest).mul_(flow["update"])
+        flow["update"] = (flow.over_rows(a) * flow.over_columns(b)).clamp_max_(flow.once(largest)).mul_(flow["update"])

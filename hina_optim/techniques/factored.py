@@ -38,8 +38,8 @@ def follow_factors(
         product may overflow where row and column are both idle; multiply one after the other.
     """
     correct = correct.reshape(-1, 1)
-    rows = beta * flow.state[names[0]] + (1 - beta) / flow.info.columns * totals["rows"]
-    columns = beta * flow.state[names[1]] + (1 - beta) / flow.info.rows * totals["columns"]
+    rows = beta * flow.state[names[0]] + (1 - beta) / flow.columns * totals["rows"]
+    columns = beta * flow.state[names[1]] + (1 - beta) / flow.rows * totals["columns"]
     flow.new[names[0]], flow.new[names[1]] = rows, columns
     rows, columns = rows * correct + eps, columns * correct + eps
     return rows.mean(1, keepdim=True).sqrt() * rows.rsqrt(), columns.rsqrt()

@@ -1,0 +1,326 @@
+"""Compiled steps of recipes that tell rows and columns apart: one graph a segment for matrices of every shape.
+
+As in :mod:`hina_optim.engine.lines`, nothing is carried from segment to segment, and the shapes of a model do not
+matter; but the elements are a grid, ``[N, rows, columns / width, width]``, beside numbers of a parameter, of its rows
+and of its columns. ``N`` is 1 for a large matrix or a band of its rows, and more for a stack of small ones; a size of 1
+is a constant in a graph, so each has graphs of its own.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hina_optim.engine.bucket import Bucket
+from hina_optim.engine.compiled import (
+    MADE,
+    OPTIONS,
+    WIDTH,
+    Compiled,
+    Stored,
+    aside_of,
+    dynamic,
+    element_wise,
+    identity_of,
+    narrowed,
+    numbers_of,
+    without_numbers,
+)
+from hina_optim.engine.rules import Rules, Values, chosen
+from hina_optim.techniques.base import ByColumn, ByRow, Flow, Folded, PeriodicTechnique, Technique
+
+__all__ = ["Grids", "grids_of"]
+
+#: Rows that a graph adds up at a time where it adds up each column: nearer to the order in memory than all at once.
+BAND = 32
+#: Columns of a narrow matrix, at most.
+NARROW = 4 * WIDTH
+
+
+class Grid(Flow):
+    """Named values of elements in a grid."""
+
+    #: Whether rows are so short that what is made once a row costs more than to make it for each of its vectors.
+    narrow = False
+
+    def over_rows(self, x: Tensor) -> Tensor:
+        """Lay a number a row, ``[N, rows]``, over the elements present."""
+        x = x.index_select(1, self.values["row_index"])
+        return (x if self.narrow else self.once(x))[:, :, None, None]
+
+    def over_columns(self, x: Tensor) -> Tensor:
+        """Lay a number a column, ``[N, columns]``, over the elements present."""
+        return self.once(x).reshape(x.shape[0], 1, *self.values["grad"].shape[2:])
+
+
+class GridGraphs:
+    """The compiled segments of all buckets of matrices that follow the same rules.
+
+    Args:
+        rules: Which.
+        single: Slots of one number a parameter.
+        scalars: Names of the numbers of a step.
+        fixed: Slots of one number a row or column.
+    """
+
+    def __init__(self, rules: Rules, single: tuple[str, ...], scalars: tuple[str, ...], fixed: tuple[str, ...]) -> None:
+        self.rules = rules
+        self.single = single
+        self.fixed = fixed
+        self.scalars = scalars
+        self._compiled: dict[tuple[Any, ...], Callable[..., Values]] = {}
+
+    def run(
+        self,
+        i: int,
+        stored: Values,
+        numbers: Tensor,
+        vectors: Values,
+        totals: tuple[str, ...],
+        seeds: Tensor | None,
+        start: Tensor,
+        row_index: Tensor,
+        written: Tensor,
+    ) -> Values:
+        """Segment ``i``.
+
+        Args:
+            i: Which.
+            stored: ``[N, rows here, columns]`` each.
+            numbers: ``[numbers, N]``: learning rate, elements, rows, columns, :attr:`single`, :attr:`scalars`,
+                ``totals``.
+            vectors: ``[N, rows]`` or ``[N, columns]``: :attr:`fixed`, and totals as ``"<segment>.<technique>.<name>"``.
+            totals: What totals there are of one number, named likewise.
+            seeds: int32 ``[N]``, where noise is needed.
+            start: int64 ``[1]``: global flat index of the first element of each.
+            row_index: int64: which rows are here.
+            written: ``[N, rows here, 1, 1]``: 1 for what is written by the last segment, 0 for what is kept.
+
+        Returns:
+            Sums, over what is here; of the last segment the new values of :attr:`single` and :attr:`fixed`.
+        """
+        n, rows, columns = stored["grad"].shape
+        whole, banded = columns % WIDTH == 0, rows > BAND and rows % BAND == 0
+        # sizes of 1 are constants in a graph
+        narrow = columns <= NARROW
+        key = i, totals, tuple(vectors), whole, banded, narrow, n == 1, columns == WIDTH
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(i, totals, banded, narrow, True)
+        stored = {name: part.unflatten(2, (-1, WIDTH if whole else 1)) for name, part in stored.items()}
+        given = stored, numbers, vectors, seeds, start, row_index, written
+        for part in stored.values():
+            torch._dynamo.maybe_mark_dynamic(part, (0, 1, 2))
+        for x, dims in ((numbers, (1,)), (seeds, (0,)), (row_index, (0,)), (written, (0, 1))):
+            if x is not None:
+                torch._dynamo.maybe_mark_dynamic(x, dims)
+        for x in vectors.values():
+            torch._dynamo.maybe_mark_dynamic(x, (0, 1))
+        with dynamic():
+            try:
+                return self._compiled[key](*given)
+            except RuntimeError as error:
+                without_numbers(error, i, len(self.rules.segments))
+                self._compiled[key] = self._compile(i, totals, banded, narrow, False)
+                return self._compiled[key](*given)
+
+    def _compile(
+        self, i: int, totals: tuple[str, ...], banded: bool, narrow: bool, holds: bool
+    ) -> Callable[..., Values]:
+        rules, single, fixed, known = self.rules, self.single, self.fixed, self.scalars
+
+        def segment(
+            stored: Values,
+            numbers: Tensor,
+            vectors: Values,
+            seeds: Tensor | None,
+            start: Tensor,
+            row_index: Tensor,
+            written: Tensor,
+        ) -> Values:
+            names = ("lr", "count", "rows", "columns", *single, *known, *totals)
+            number = dict(zip(names, numbers.unbind(0), strict=True))
+            before: list[Values] = [{} for _ in range(i)]
+            for name, total in ({name: number[name] for name in totals} | vectors).items():
+                if name not in fixed:
+                    at, label = name.split(".", 1)
+                    before[int(at)][label] = total
+            state = Stored(rules, stored | {name: vectors[name] for name in fixed}, {})
+            for name in single:
+                state[name] = number[name][:, None, None, None] if name in rules.zero_anchors else number[name]
+            values = {name: stored[name].to(rules.compute) for name in ("grad", "param")}
+            scalars = {name: number[name] for name in ("count", "rows", "columns", *known)}
+            flow = Grid(values, state, {}, scalars, rules.info, holds)
+            flow.narrow = narrow
+            flow["lr"] = flow["rate"] = flow.per_param(number["lr"])
+            flow["row_index"] = row_index
+            if any(one.needs_index for one in rules.chain):
+                flow["index"] = _index(stored["grad"], start)
+
+            def add(value: Any, _: Flow) -> Tensor:
+                return _sum(value, banded)
+
+            sums: Values = {}
+            for j in range(i + 1):
+                sums = rules.run(j, flow, before, {}, add)
+            if i + 1 < len(rules.segments):
+                return sums
+            return _commit(rules, flow, stored, (*single, *fixed), seeds, start, written)
+
+        # torch.compile counts recompilations by code object
+        code = segment.__code__.replace(co_name=f"grid{i}")
+        own = types.FunctionType(code, segment.__globals__, segment.__name__, None, segment.__closure__)
+        compiled: Callable[..., Values] = torch.compile(own, fullgraph=True, dynamic=False, options=OPTIONS)
+        return compiled
+
+
+def _sum(value: Any, banded: bool) -> Tensor:
+    """A sum over all that is here, or over each of its rows or columns."""
+    if isinstance(value, ByRow):
+        return value.value.sum((2, 3)).unsqueeze(2)  # told from sums over columns by its dimensions
+    if isinstance(value, ByColumn):
+        part = value.value
+        if banded:
+            part = part.unflatten(1, (-1, BAND)).sum(2)
+        return part.sum(1).flatten(1)
+    assert not isinstance(value, Folded)  # only what measures has such sums, beside the graphs
+    # sums over one row stay in registers
+    total: Tensor = value.sum((2, 3)).sum(1) if value.ndim == 4 else value
+    return total
+
+
+def _index(like: Tensor, start: Tensor) -> Tensor:
+    """Global flat index of every element of ``like``, of the dtype of ``start``."""
+    steps = torch.arange(like[0].numel(), dtype=start.dtype, device=like.device)
+    return start + steps.view(1, *like.shape[1:])
+
+
+def _commit(
+    rules: Rules,
+    flow: Flow,
+    stored: Values,
+    small: tuple[str, ...],
+    seeds: Tensor | None,
+    start: Tensor,
+    written: Tensor,
+) -> Values:
+    """Write weights and state in place; returns new state of parameters, rows and columns."""
+    index = None if seeds is None else _index(stored["grad"], start.to(torch.int32))
+    target, encoded = rules.written(flow, seeds, index, stored["param"].dtype)
+    found: Values = {}
+    writes = [(stored["param"], target)]
+    for name, suffix, part in encoded:
+        if name in small:
+            found[name] = part
+        else:
+            writes.append((stored[name + suffix], part))
+    for old, new in writes:
+        old.copy_(chosen(written > 0, new, old))
+    return found
+
+
+class Grids(Compiled):
+    """How one bucket of matrices runs in grids."""
+
+    def __init__(
+        self, bucket: Bucket, rules: Rules, graphs: GridGraphs, aside: tuple[tuple[Technique, bool], ...] = ()
+    ) -> None:
+        super().__init__(bucket, rules, aside)
+        self.graphs = graphs
+
+    def run(
+        self, i: int, stored: Values, scalars: Values, totals: list[Values], start: int, last: bool
+    ) -> Values | None:
+        """Segment ``i`` of some matrices, or of some rows of one; None if they have too few."""
+        grad, info = stored["grad"], self.bucket.info
+        if grad.ndim < 3 or not grad.numel() or not (grad.is_contiguous() and stored["param"].is_contiguous()):
+            return None
+        n, rows = grad.shape[:2]
+        columns = grad.numel() // (n * rows)
+        if rows < 2 or columns < WIDTH:
+            return None
+        graphs, device = self.graphs, grad.device
+        row_index = scalars.get("row_index")
+        names, vectors = self._totals(totals)
+        vectors |= {name: stored[name] for name in graphs.fixed}
+        sizes = [
+            torch.full((), size, dtype=self.rules.compute, device=device)
+            for size in (info.numel, info.rows, info.columns)
+        ]
+        known = [scalars["lr"], *sizes, *(stored[name] for name in graphs.single)]
+        known += [*(scalars[name] for name in graphs.scalars), *names.values()]
+        numbers = torch.stack([one.to(self.rules.compute).expand(n) for one in known])
+        final = i + 1 == len(self.rules.segments)
+        ok = totals[0]["engine.bad"] == 0 if final else torch.ones(n, dtype=torch.bool, device=device)
+        found = graphs.run(
+            i,
+            {name: part.detach().view(n, rows, columns) for name, part in self.like(stored).items()},
+            numbers,
+            vectors,
+            tuple(names),
+            scalars["seeds"] if self.noisy else None,
+            torch.full((1,), start, dtype=torch.int64, device=device),
+            torch.arange(rows, device=device) if row_index is None else row_index,
+            ok.to(self.rules.compute).view(n, 1, 1, 1).expand(n, rows, 1, 1).contiguous(),
+        )
+        if not final:
+            return {name: self._placed(value, row_index) for name, value in found.items()}
+        if last:
+            stored["skipped"].add_((~ok).to(stored["skipped"].dtype))
+            for name, value in found.items():
+                old = stored[name]
+                keep = ok.view(-1, *([1] * (old.ndim - 1)))
+                old.copy_(torch.where(keep, value.reshape(old.shape).to(old.dtype), old))
+        return {}
+
+    def _totals(self, totals: list[Values]) -> tuple[Values, Values]:
+        """Totals of one number, and of rows or columns, without those of what measures beside the graphs."""
+        beside = {one.name for one, measures in self.aside if measures}
+        every = {
+            f"{j}.{k}": v
+            for j, found in enumerate(totals)
+            for k, v in found.items()
+            if k.split(".", 1)[0] not in beside
+        }
+        return {k: v for k, v in every.items() if v.ndim == 1}, {k: v for k, v in every.items() if v.ndim == 2}
+
+    def _placed(self, value: Tensor, row_index: Tensor | None) -> Tensor:
+        """Sums as the engine adds them up: of rows those of all rows."""
+        if value.ndim < 3:
+            return value
+        part = value.squeeze(2)
+        return (
+            part
+            if row_index is None
+            else part.new_zeros(len(part), self.bucket.info.rows).index_add_(1, row_index, part)
+        )
+
+
+def grids_of(bucket: Bucket, measuring: frozenset[str]) -> Grids | None:
+    """Graphs for a bucket of matrices in steps in which these techniques measure; None where it must run otherwise.
+
+    That is where no rows and columns are told apart, where complete matrices are needed, and where a shard is a box or
+    has no whole rows.
+    """
+    info, rules, aside = bucket.info, narrowed(bucket), aside_of(bucket, measuring)
+    lasting = {slot for one in rules.chain if not isinstance(one, PeriodicTechnique) for slot in one.slots(info)}
+    fixed = tuple(slot for slot in rules.slots if slot in lasting and slot.shape not in ("like", ()))
+    if (
+        aside is None
+        or not info.is_matrix
+        or len(bucket.key.local_shape) < 2
+        or bucket.shard.slices is not None
+        or not any(one.by_rows for one in rules.chain)
+        or any(one.whole for one in rules.chain)
+        or any(slot.shape not in ((info.rows,), (info.columns,)) for slot in fixed)
+        or any(not element_wise(rules.codecs[slot.name]) for slot in rules.slots if slot.shape == "like")
+    ):
+        return None
+    key = ("grid", *identity_of(bucket, rules))
+    graphs = MADE.get(key)
+    if graphs is None:
+        graphs = MADE[key] = GridGraphs(rules, *numbers_of(rules), tuple(slot.name for slot in fixed))
+    return Grids(bucket, rules, graphs, aside)
