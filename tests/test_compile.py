@@ -9,21 +9,24 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from hina_optim import HinaAdaptive
+from hina_optim import Automagic_CameAMP, HinaAdaptive
 from hina_optim.engine.compiled import compiler
+from hina_optim.engine.optimizer import HinaOptimizer
 from tests.optim_cases import EVERYTHING, NOTHING
 
 LR = 3e-4
 Params = list[nn.Parameter]
 
 
-def build(shapes: list[tuple[int, ...]], dtype: torch.dtype, **arguments: Any) -> tuple[Params, HinaAdaptive]:
+def build(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, kind: type[HinaOptimizer] = HinaAdaptive, **arguments: Any
+) -> tuple[Params, HinaOptimizer]:
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-    return params, HinaAdaptive(params, lr=LR, **arguments)
+    return params, kind(params, lr=LR, **arguments)
 
 
-def take_step(params: Params, optimizer: HinaAdaptive, step: int) -> None:
+def take_step(params: Params, optimizer: HinaOptimizer, step: int) -> None:
     """One step of a schedule; gradients have a drift, so that signs agree."""
     generator = torch.Generator().manual_seed(100 + step)
     for p in params:
@@ -42,7 +45,7 @@ def run_both(
     steps: int = 12,
     settled: int = 2,
     **arguments: Any,
-) -> tuple[Params, Params, HinaAdaptive, HinaAdaptive]:
+) -> tuple[Params, Params, HinaOptimizer, HinaOptimizer]:
     """Eager and compiled side by side; after ``settled`` steps nothing is compiled any more, and no graph breaks."""
     torch._dynamo.reset()
     counters.clear()
@@ -62,7 +65,7 @@ def run_both(
     return eager, compiled, first, second
 
 
-def compare(eager: Params, compiled: Params, first: HinaAdaptive, second: HinaAdaptive) -> None:
+def compare(eager: Params, compiled: Params, first: HinaOptimizer, second: HinaOptimizer) -> None:
     for p, q in zip(eager, compiled, strict=True):
         torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-6)
         for key, value in first.state[p].items():
@@ -110,6 +113,54 @@ def test_elements_that_make_no_lines() -> None:
     """A parameter of a prime number of elements: all but the last few share the graphs of the others."""
     compare(*run_both([(64, 48), (20_011,)], steps=3, settled=1, **NOTHING))
     assert graphs() == 2
+
+
+@pytest.mark.slow
+def test_rows_and_columns() -> None:
+    """A stack of matrices and one alone, through the code generator; lr masks, factored moments, confidence, decay."""
+    compare(*run_both([(64, 48), (64, 48), (96, 160)], steps=6, settled=1, kind=Automagic_CameAMP))
+
+
+@pytest.mark.parametrize("state_precision", ["fp32", "bf16"])
+def test_every_kind_of_matrix(state_precision: str) -> None:
+    """Narrow, wide, odd, tall ones, kernels, and a vector: as traced, without a code generator."""
+    shapes: list[tuple[int, ...]] = [(64, 16), (16, 640), (33, 20), (33, 20), (7, 5), (1, 48), (12, 3, 4, 4), (640, 96)]
+    with torch.compiler.set_stance("default", force_backend="eager"):
+        arguments = {"kind": Automagic_CameAMP, "state_precision": state_precision}
+        eager, compiled, first, second = run_both([*shapes, (96,)], steps=4, settled=1, **arguments)
+    by_shape = [b.info.shape for b in second._buckets.prepare() if second._buckets.program(b).lines is None]
+    assert not by_shape
+    if state_precision == "fp32":
+        compare(eager, compiled, first, second)
+    for p, q in zip(eager, compiled, strict=True):  # the same noise: few values round to their other neighbor
+        assert ((p - q).abs() > 1e-6).float().mean() < 0.02
+
+
+def test_graphs_of_matrices_do_not_depend_on_their_shapes() -> None:
+    """Nor on how many there are, nor on how large ones are cut."""
+    counted = []
+    few: list[tuple[int, ...]] = [(64, 128), (96, 80), (96, 80)]
+    many: list[tuple[int, ...]] = [*few, (128, 320), (128, 96), (160, 96), (160, 96), (640, 512)]
+    for shapes in (few, many):
+        with torch.compiler.set_stance("default", force_backend="eager"):
+            compare(*run_both(shapes, steps=3, settled=1, kind=Automagic_CameAMP, max_buffer_memory_mb=1))
+        counted.append(graphs())
+    assert counted[0] == counted[1]
+
+
+def test_a_bad_gradient_of_a_matrix() -> None:
+    """Weights, moments, and what is kept of rows and columns stay; a neighbor in the stack goes on."""
+    with torch.compiler.set_stance("default", force_backend="eager"):
+        params, optimizer = build([(64, 48), (64, 48)], torch.float32, Automagic_CameAMP, compile=True)
+        for step in range(2):
+            take_step(params, optimizer, step)
+        before = [p.detach().clone() for p in params]
+        state = {k: v.clone() for k, v in optimizer.state[params[0]].items() if isinstance(v, torch.Tensor)}
+        params[0].grad[2, 1] = torch.nan  # type: ignore[index]
+        optimizer.step()
+    assert torch.equal(params[0], before[0]) and not torch.equal(params[1], before[1])
+    moved = {k for k, v in state.items() if not torch.equal(optimizer.state[params[0]][k], v)}
+    assert moved == {"skipped", "step"} & state.keys()
 
 
 def test_no_recompilation_in_a_schedule() -> None:

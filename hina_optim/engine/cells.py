@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hina_optim.engine.bucket import Bucket
 from hina_optim.engine.layout import Shard
+from hina_optim.engine.grids import BAND
 from hina_optim.engine.lines import line_length
 from hina_optim.engine.program import Inputs, Program, Values
 from hina_optim.engine.transfers import Fetched
@@ -168,6 +169,8 @@ def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None, numel
     if by_rows and not program.needs_whole:
         row = max(1, numel // max(1, bucket.key.local_shape[0] if bucket.key.local_shape else 1))
         step = FOLD // math.gcd(row, FOLD)
+        if program.lines is not None and limit // row >= math.lcm(step, BAND):  # one kind of graphs for all chunks
+            step = math.lcm(step, BAND)
         limit = max(1, limit // row // step) * step * row
     tail = numel - numel % GRAIN
     odd = program.lines is not None and not by_rows and (n == 1 or numel > limit) and 2 * GRAIN <= tail < numel
