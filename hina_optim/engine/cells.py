@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hina_optim.engine.bucket import Bucket
-from hina_optim.engine.layout import Shard
 from hina_optim.engine.grids import BAND
+from hina_optim.engine.layout import Shard
 from hina_optim.engine.lines import line_length
 from hina_optim.engine.program import Inputs, Program, Values
 from hina_optim.engine.transfers import Fetched

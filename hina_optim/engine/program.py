@@ -20,7 +20,7 @@ from hina_optim.engine.bucket import Bucket
 from hina_optim.engine.compiled import OPTIONS, Compiled, without_numbers
 from hina_optim.engine.grids import BAND, grids_of
 from hina_optim.engine.lines import lines_of
-from hina_optim.engine.rules import FINITE, FiniteGuard, Rules, Values
+from hina_optim.engine.rules import FINITE, FiniteGuard, Rules, Values, chosen
 from hina_optim.engine.transfers import Pieces
 from hina_optim.techniques.base import ByColumn, ByRow, Flow, Folded, Technique
 
@@ -309,7 +309,7 @@ class Write(NamedTuple):
         tensor.
         """
         if old.ndim <= 1 or old[0].numel() <= 4096 or torch.compiler.is_compiling():
-            return cls("copy", old, torch.where(ok > 0, new, old))
+            return cls("copy", old, chosen(ok > 0, new, old))
         if old.dtype.is_floating_point:
             return cls("lerp", old, new, ok.to(old.dtype))
         return cls("add", old, (new - old) * ok.to(old.dtype))

@@ -193,8 +193,8 @@ class Rules:
 
 
 def chosen(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """``new`` where ``ok``, else ``old``, in a graph; bytes as floats: of bytes, the compiler chooses one by one."""
-    if old.dtype in (torch.int8, torch.uint8):
+    """``new`` where ``ok``, else ``old``; compiled, bytes as floats: of bytes, the compiler chooses one by one."""
+    if torch.compiler.is_compiling() and old.dtype in (torch.int8, torch.uint8):
         return torch.where(ok, new.float(), old.float()).to(old.dtype)
     return torch.where(ok, new, old)
 
