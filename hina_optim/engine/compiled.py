@@ -166,7 +166,7 @@ class Compiled:
             rows = slice(first, first + step)
             pieces = [
                 self._measure_piece(stored, scalars, rows, slice(begin, begin + PIECE), start, add)
-                for begin in range(0, numel, PIECE)
+                for begin in range(0, max(1, numel), PIECE)  # of an empty shard, one empty piece
             ]
             one, *others = pieces
             if others:

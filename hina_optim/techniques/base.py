@@ -240,7 +240,7 @@ class Flow:
     def hold(self) -> None:
         """The same for every value that is one number a parameter."""
         for name, value in self.values.items() if self.holds else ():
-            if value.ndim > 1 and all(size == 1 for size in value.shape[1:]):
+            if value.ndim > 1 and value.shape[1:].numel() == 1:
                 self.values[name] = self.once(value)
 
     def over_rows(self, x: Tensor) -> Tensor:
