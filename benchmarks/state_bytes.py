@@ -150,6 +150,12 @@ def tables() -> str:
         found = [ours(name, state_precision=precision) for precision in ("fp32", "bf16", "8bit")]
         numbers = " | ".join(f"{total:.2f}" for total, _ in found)
         lines.append(f"| `{name}` | {numbers} | {parts(found[-1][1])} |")
+    lines += ["", "| optimizer, and also | fp32 | bf16 | 8bit | state in 8 bits |", "|---|---:|---:|---:|---|"]
+    for name in list_optimizers():
+        if "factored_second_moment" in argument_types(get_optimizer_info(name).cls):
+            found = [ours(name, state_precision=p, factored_second_moment=True) for p in ("fp32", "bf16", "8bit")]
+            numbers = " | ".join(f"{total:.2f}" for total, _ in found)
+            lines.append(f"| `{name}`, `factored_second_moment=True` | {numbers} | {parts(found[-1][1])} |")
     lines += ["", "| profile | optimizer | bytes a parameter | goal | state |", "|---|---|---:|---:|---|"]
     for profile in PROFILES:
         for name in profiled():

@@ -41,6 +41,7 @@ DRAWN: dict[str, list[Any]] = {
     "use_orthogonal_grad": [False, True],
     "use_adopt_stability": [True, False],
     "amsgrad": [False, True],
+    "factored_second_moment": [False, True],
     "use_grams": [False, True],
     "use_agr": [True, False],
     "use_tam": [True, False],
@@ -276,5 +277,6 @@ def draws(name: str) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def _allowed(arguments: dict[str, Any]) -> dict[str, Any]:
-    """AMSGrad is about Adam's second moment and refused under ADOPT."""
-    return {**arguments, "amsgrad": False} if arguments.get("use_adopt_stability") else arguments
+    """AMSGrad is about Adam's whole second moment, and refused under ADOPT and where that is factored."""
+    refused = arguments.get("use_adopt_stability") or arguments.get("factored_second_moment")
+    return {**arguments, "amsgrad": False} if refused else arguments

@@ -68,8 +68,11 @@ def test_a_budget_below_the_parameters_is_an_error_with_the_plan() -> None:
     made = params()
     before = [p.detach().clone() for p in made]
     optimizer = HinaAdaptive(made, lr=1e-4, vram_budget_gb=100_000 / GIB)
-    with pytest.raises(BudgetError, match=r"(?s)smaller than the parameters themselves, 117 KiB.*optimizer state"):
+    with pytest.raises(
+        BudgetError, match=r"(?s)smaller than the parameters themselves, 117 KiB.*optimizer state"
+    ) as raised:
         optimizer.step()
+    assert raised.value.plan.parameter_bytes == 120_000
     assert not optimizer.state_bytes() and all(torch.equal(p, q) for p, q in zip(made, before, strict=True))
 
 

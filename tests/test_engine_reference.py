@@ -20,6 +20,8 @@ UNSHRUNK = (Phase.explicit, Phase.generate)
 ALONE: dict[str, dict[str, Any]] = {
     "adamw": {},
     "amsgrad": {"amsgrad": True, "betas": (0.9, 0.5)},
+    "factored adam": {"factored_second_moment": True, "betas": (0.9, 0.9)},
+    "factored adopt": {"factored_second_moment": True, "use_adopt_stability": True},
     "agr": {"use_agr": True},
     "tam": {"use_tam": True},
     "adopt": {"use_adopt_stability": True},

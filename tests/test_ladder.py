@@ -104,9 +104,10 @@ def test_techniques_are_switched_off_last_and_by_name(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO, "hina_optim"):
         report = optimize_for_vram(optimizer, TINY)
     names = [action["rung"] for action in report["actions"]]
-    assert names == ["bf16", "8bit", "use_dynamic_adaptation=False", "use_spd=False", "use_lr_mask=False"]
+    off = ["use_dynamic_adaptation=False", "use_spd=False", "use_lr_mask=False"]
+    assert names == ["bf16", "8bit", "factored_second_moment=True", *off]
     levels = {record.getMessage().split()[1]: record.levelname for record in caplog.records}
-    assert {name: levels[name] for name in names} == dict(zip(names, ["INFO"] * 2 + ["WARNING"] * 3, strict=True))
+    assert {name: levels[name] for name in names} == dict(zip(names, ["INFO"] * 2 + ["WARNING"] * 4, strict=True))
     assert all(not {"anchor", "lr_mask", "last_sign", "importance"} & set(state) for state in optimizer.state.values())
     go_on(named, optimizer, 3, 5)
     assert all(p.isfinite().all() for _, p in named)

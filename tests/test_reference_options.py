@@ -64,7 +64,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "detail_preservation": {"spatial_awareness": True},
 }
 #: On in no base: they exclude others, or are slow.
-OFF = {"amsgrad", "use_grams", "full_finetune", "spatial_awareness"}
+OFF = {"amsgrad", "factored_second_moment", "use_grams", "full_finetune", "spatial_awareness"}
 
 
 def base(name: str, option: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -199,3 +200,24 @@ def test_a_copy_shares_nothing() -> None:
     for (_, p), (_, q) in zip(named, theirs, strict=True):
         for key, value in twin.state[q].items():
             assert value.data_ptr() != optimizer.state[p][key].data_ptr() or not value.numel()
+
+
+@pytest.mark.parametrize(("saved", "built"), [("fp32", "8bit"), ("8bit", "bf16"), ("bf16", "fp32")])
+def test_a_checkpoint_in_another_precision_is_said(saved: str, built: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A state dict brings its options: state goes on as it was saved, and is converted on request."""
+    named, optimizer = trained("HinaAdaptive", state_precision=saved)
+    fresh = make("HinaAdaptive", large(), state_precision=built)
+    with caplog.at_level(logging.WARNING, "hina_optim"):
+        fresh.load_state_dict(optimizer.state_dict())
+    (line,) = [record.getMessage() for record in caplog.records if "checkpoint" in record.getMessage()]
+    assert f"goes on in {saved}" in line and f"set_state_precision('{built}')" in line
+    assert fresh.state_bytes() == optimizer.state_bytes()
+    for one in (fresh, optimizer):
+        one.set_state_precision(built)
+    for p, (_, q) in zip(fresh.param_groups[0]["params"], named, strict=True):
+        assert fresh.state[p].keys() == optimizer.state[q].keys()
+        assert all(torch.equal(value, optimizer.state[q][name]) for name, value in fresh.state[p].items())
+    caplog.clear()
+    same = make("HinaAdaptive", large(), state_precision=built)
+    same.load_state_dict(optimizer.state_dict())
+    assert not [record for record in caplog.records if "checkpoint" in record.getMessage()]

@@ -170,6 +170,11 @@ class Agreement:
                 "checkpoint on all of them. No weight has changed."
             )
 
+    def sound(self) -> None:
+        """Raise on all ranks what went wrong on any."""
+        if self._layout.sharded:
+            self._raise(bool(self._layout.total(torch.tensor([self._trouble is not None], dtype=torch.int64))))
+
     def _raise(self, anywhere: bool) -> None:
         if self._trouble is not None:
             raise self._trouble

@@ -22,11 +22,11 @@ from hina_optim.engine.agreement import Agreement
 from hina_optim.engine.bucket import KAHAN, SOLO_NUMEL, Bucket, BucketKey, Member
 from hina_optim.engine.compiled import is_compiled
 from hina_optim.engine.identities import Identities
-from hina_optim.engine.loading import check_loaded
+from hina_optim.engine.inheritance import Heirs, inherits
+from hina_optim.engine.loading import check_loaded, check_state
 from hina_optim.engine.plan import check_recipe
 from hina_optim.engine.program import Program
-from hina_optim.engine.transfers import HOST
-from hina_optim.state.precision import Storage, codec_for
+from hina_optim.state.precision import Storage
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import ParamInfo, Technique
 
@@ -248,7 +248,7 @@ class Buckets:
             slots = recipes[kind][1]
             anchors = frozenset(s.name for s in slots if s.constant and self._is_zero(s, m, zero))
             try:
-                self._check_state(m, slots, anchors, self._optimizer.group(g))
+                check_state(self._optimizer, m, slots, anchors, self._optimizer.group(g))
             except RuntimeError:
                 if needed:
                     raise
@@ -311,44 +311,16 @@ class Buckets:
             return have.ndim == 0 and m.param.ndim > 0
         return m.position in zero and m.param.ndim > 0
 
-    def _check_state(self, m: Member, slots: Sequence[Slot], anchors: frozenset[str], group: dict[str, Any]) -> None:
-        """State that exists must fit the parameter; what a later technique lacks begins afresh, and is said."""
-        if not m.state:
-            return
-        missing = []
-        layout = self._optimizer._layout
-        local = tuple(layout.local(m.param).shape)
-        for slot in slots:
-            codec = codec_for(slot, Storage.of(group), m.param.dtype, m.info.shape)
-            shape = () if slot.name in anchors else slot.local_shape(local)
-            for suffix in codec.parts:
-                have = m.state.get(slot.name + suffix)
-                if have is None:
-                    missing.append(slot.name + suffix)
-                    continue
-                have = layout.unwrap(m.param, have)
-                if tuple(have.shape) != codec.part_shape(suffix, shape):
-                    raise RuntimeError(
-                        f"parameter {m.name} has shape {local}, but its state {slot.name!r} has "
-                        f"{tuple(have.shape)}: the parameter changed its shape after the optimizer began. Build a new "
-                        "optimizer for it, or delete optimizer.state[parameter] to begin afresh."
-                    )
-                hosted = Storage.of(group).hosts(slot) and have.device == HOST
-                if have.device != m.param.device and not hosted:
-                    raise RuntimeError(
-                        f"parameter {m.name} is on {m.param.device}, but its state {slot.name!r} is on {have.device}: "
-                        "move the model before building the optimizer, or load the optimizer's state_dict again "
-                        "after the move."
-                    )
-        if missing:
-            self._say(
-                f"state of {m.name} has no {', '.join(missing)} (a technique was switched on later); beginning afresh"
-            )
-
     # -- upkeep ------------------------------------------------------------------------------------------------------
 
-    def _check_options(self) -> None:
-        """Give the buckets of a group whose options changed their new recipe; form them again if its state differs."""
+    def _check_options(self, together: bool = False) -> None:
+        """Give the buckets of a group whose options changed their new recipe; form them again if its state differs.
+
+        Args:
+            together: Whether all ranks do this now, with the same options.
+        """
+        changed: list[tuple[Bucket, Sequence[Technique], Sequence[Slot]]] = []
+        seen_now: dict[int, tuple[dict[str, Any], tuple[Any, ...]]] = {}
         for g, group in self._optimizer.indexed_groups():
             options = tuple(v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "name"))
             lr = group["lr"]
@@ -358,15 +330,24 @@ class Buckets:
             if seen is None or seen[0] is not group or seen[1] != options:
                 if seen is not None:
                     self._optimizer.check_group(group)
-                self._options[g] = group, options
-                for bucket in {b for b in self._of.values() if b.key.group == g}:
-                    chain, slots = self._recipe(group, bucket.info, bucket.key.dtype)
-                    bucket.group, bucket.chain = group, chain
-                    bucket.programs.clear()
-                    if slots != bucket.slots or not bucket.stored_as(Storage.of(group)):
-                        bucket.convert(Storage.of(group), slots)
-                    if {s.name for s in slots} != {s.name for s in bucket.slots}:
-                        self._drop(bucket)
+                seen_now[g] = group, options
+                for bucket in dict.fromkeys(b for b in self._of.values() if b.key.group == g):
+                    changed.append((bucket, *self._recipe(group, bucket.info, bucket.key.dtype)))
+        heirs = Heirs(
+            self._optimizer,
+            [(b, slots, self._optimizer.group(b.key.group)) for b, _, slots in changed if inherits(b.slots, slots)],
+            together,
+        )
+        self._options |= seen_now
+        for bucket, chain, slots in changed:
+            group = self._optimizer.group(bucket.key.group)
+            bucket.group, bucket.chain = group, tuple(chain)
+            bucket.programs.clear()
+            if slots != bucket.slots or not bucket.stored_as(Storage.of(group)):
+                bucket.convert(Storage.of(group), slots)
+            if {s.name for s in slots} != {s.name for s in bucket.slots}:
+                heirs.install(bucket, slots)
+                self._drop(bucket)
 
     def _drop(self, bucket: Bucket) -> None:
         for p in bucket.params:
@@ -429,7 +410,7 @@ class Buckets:
         for group, options in groups:
             group.update(options)
         try:
-            self._check_options()
+            self._check_options(together=True)
         except BaseException:
             for (group, options), old in zip(groups, before, strict=True):
                 for name in options.keys() - old.keys():
@@ -437,7 +418,7 @@ class Buckets:
                 group.update(old)
             try:
                 self._check_options()
-            except RuntimeError:
+            except (RuntimeError, ValueError):
                 for group, options in groups:
                     group.update(options)
                 self._options.clear()

@@ -115,24 +115,32 @@ class Cell:
 
         Of a flat piece, each element's row and column.
         """
-        shard, shape, device = self.bucket.shard, self.bucket.key.local_shape, self.bucket.key.device
-        columns = self.bucket.info.columns
-        if not self.bucket.info.is_matrix or (shard.is_complete and not self.chunked and len(shape) > 1):
-            return {}
-        if not self.bucket.numel and len(shape) > 1:  # rows without columns, or columns without rows
-            none = {"row_index": shape[0], "column_index": torch.Size(shape[1:]).numel()}
-            return {name: torch.zeros(n, dtype=torch.int64, device=device) for name, n in none.items()}
-        if shard.offset is not None and shard.size is not None:  # some columns of some rows
-            row = self.bucket.numel // shape[0]
-            first = shard.offset[0] + self.begin // row
-            across = Shard.box(shard.shape[1:], shard.offset[1:], shard.size[1:])
-            rows = torch.arange(first, first + (self.end - self.begin) // row, device=device)
-            return {"row_index": rows, "column_index": across.index(device)}
-        begin, end = shard.start + self.begin, shard.start + self.end
-        if len(shape) > 1:
-            return {"row_index": torch.arange(begin // columns, end // columns, device=device)}
-        index = torch.arange(begin, end, device=device)
-        return {"row_index": index // columns, "column_index": index % columns}
+        bucket = self.bucket
+        whole = bucket.shard.is_complete and not self.chunked and len(bucket.key.local_shape) > 1
+        return {} if whole or not bucket.info.is_matrix else lines(bucket, self.begin, self.end)
+
+
+def lines(bucket: Bucket, begin: int, end: int) -> Values:
+    """Rows and columns of the matrix view in which the local elements ``begin … end-1`` of a bucket's parameters lie.
+
+    ``row_index`` of each row, and of a box that is no range also ``column_index`` of each column; of a flat piece, of
+    each element.
+    """
+    shard, shape, device, columns = bucket.shard, bucket.key.local_shape, bucket.key.device, bucket.info.columns
+    if not bucket.numel and len(shape) > 1:  # rows without columns, or columns without rows
+        none = {"row_index": shape[0], "column_index": torch.Size(shape[1:]).numel()}
+        return {name: torch.zeros(n, dtype=torch.int64, device=device) for name, n in none.items()}
+    if shard.offset is not None and shard.size is not None:  # some columns of some rows
+        row = bucket.numel // shape[0]
+        first = shard.offset[0] + begin // row
+        across = Shard.box(shard.shape[1:], shard.offset[1:], shard.size[1:])
+        rows = torch.arange(first, first + (end - begin) // row, device=device)
+        return {"row_index": rows, "column_index": across.index(device)}
+    begin, end = shard.start + begin, shard.start + end
+    if len(shape) > 1:
+        return {"row_index": torch.arange(begin // columns, end // columns, device=device)}
+    index = torch.arange(begin, end, device=device)
+    return {"row_index": index // columns, "column_index": index % columns}
 
 
 def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None, numel: int, flat: bool) -> Iterator[Cell]:

@@ -1,18 +1,21 @@
-"""Whether loaded state is what an optimizer keeps."""
+"""Whether state that is there is what an optimizer keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from hina_optim.engine.transfers import HOST
 from hina_optim.state.precision import Storage, codec_for
+from hina_optim.state.slot import Slot
 
 if TYPE_CHECKING:
+    from hina_optim.engine.bucket import Member
     from hina_optim.engine.optimizer import HinaOptimizer
 
-__all__ = ["check_loaded"]
+__all__ = ["check_loaded", "check_state"]
 
 
 def check_loaded(
@@ -63,3 +66,51 @@ def check_loaded(
                 f"keep: another optimizer's checkpoint."
             )
     return hosted
+
+
+def check_state(
+    opt: HinaOptimizer, m: Member, slots: Sequence[Slot], anchors: Collection[str], group: dict[str, Any]
+) -> None:
+    """State that exists must fit the parameter; what a later technique lacks begins afresh, and is said.
+
+    Args:
+        opt: The optimizer.
+        m: The parameter.
+        slots: What is kept of it.
+        anchors: Names of those that are one zero.
+        group: Its options.
+
+    Raises:
+        RuntimeError: It does not fit.
+    """
+    if not m.state:
+        return
+    missing = []
+    storage, layout = Storage.of(group), opt._layout
+    local = tuple(layout.local(m.param).shape)
+    for slot in slots:
+        codec = codec_for(slot, storage, m.param.dtype, m.info.shape)
+        shape = () if slot.name in anchors else slot.local_shape(local)
+        for suffix in codec.parts:
+            have = m.state.get(slot.name + suffix)
+            if have is None:
+                missing.append(slot.name + suffix)
+                continue
+            have = layout.unwrap(m.param, have)
+            if tuple(have.shape) != codec.part_shape(suffix, shape):
+                raise RuntimeError(
+                    f"parameter {m.name} has shape {local}, but its state {slot.name!r} has "
+                    f"{tuple(have.shape)}: the parameter changed its shape after the optimizer began. Build a new "
+                    "optimizer for it, or delete optimizer.state[parameter] to begin afresh."
+                )
+            hosted = storage.hosts(slot) and have.device == HOST
+            if have.device != m.param.device and not hosted:
+                raise RuntimeError(
+                    f"parameter {m.name} is on {m.param.device}, but its state {slot.name!r} is on {have.device}: "
+                    "move the model before building the optimizer, or load the optimizer's state_dict again "
+                    "after the move."
+                )
+    if missing:
+        opt._buckets._say(
+            f"state of {m.name} has no {', '.join(missing)} (a technique was switched on later); beginning afresh"
+        )

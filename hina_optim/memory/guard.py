@@ -15,7 +15,7 @@ import torch.distributed as dist
 from hina_optim import arguments as rule
 from hina_optim.engine.exhaustion import is_out_of_memory
 from hina_optim.memory.account import as_size, expected_bytes, most_of_ranks, used_bytes
-from hina_optim.memory.ladder import GIVEN_UP, LADDER, SwitchOff, optimize_for_vram, plan_for_vram, relax_vram
+from hina_optim.memory.ladder import GIVEN_UP, LADDER, Simplify, optimize_for_vram, plan_for_vram, relax_vram
 from hina_optim.memory.planning import plan_of
 from hina_optim.memory.probes import GIB, MemoryReading, Probe, probe_for
 from hina_optim.unwrapping import unwrap_optimizer
@@ -402,7 +402,7 @@ class MemoryGuard:
     def _ask(self, needed: int, reason: str) -> list[dict[str, Any]]:
         """Have the optimizers give back so many bytes together, one after the other."""
         reports = []
-        ladder = LADDER if reason == "hard" else tuple(rung for rung in LADDER if not isinstance(rung, SwitchOff))
+        ladder = LADDER if reason == "hard" else tuple(rung for rung in LADDER if not isinstance(rung, Simplify))
         run = plan_for_vram if self.dry_run else optimize_for_vram
         for optimizer in self.optimizers:
             # The target is in the optimizer's own account, which need not be that of the probe (a process has more

@@ -182,23 +182,41 @@ class ToHost(Change):
         return {self.option: None} if self.option in group.get(GIVEN_UP, {}) else {}
 
 
-class SwitchOff(Change):
-    """Do without an optional technique that keeps state. Only where ``emergency_simplify`` allows it."""
+class Simplify(Change):
+    """Compute something simpler that keeps less state. Only where ``emergency_simplify`` allows it.
 
-    def __init__(self, option: str, cost: str) -> None:
-        self.name = f"{option}=False"
+    Args:
+        option: A switch.
+        to: What it is set to.
+        cost: What is paid for it, in words.
+    """
+
+    def __init__(self, option: str, to: bool, cost: str) -> None:
+        self.name = f"{option}={to}"
         self.option = option
+        self.to = to
         self.cost = cost
 
     def options(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Off, where it is on and may be switched off."""
+        """The switch, where it is the other way and may be set."""
         allowed = group.get("adaptive_features", False) and group.get("emergency_simplify", False)
-        return {self.option: False} if allowed and group.get(self.option) is True else {}
+        return {self.option: self.to} if allowed and group.get(self.option) is (not self.to) else {}
 
     def restored(self, group: dict[str, Any]) -> dict[str, Any]:
-        """On again, where it was."""
-        was_on = group.get(GIVEN_UP, {}).get(self.option) is True
-        return {self.option: True} if was_on and group[self.option] is False else {}
+        """As it was, where it was the other way."""
+        was = group.get(GIVEN_UP, {}).get(self.option)
+        return {self.option: was} if was is (not self.to) and group[self.option] is self.to else {}
+
+
+class FactorSecondMoment(Simplify):
+    """Keep the means of rows and columns of the second moments of matrices, made of what is there."""
+
+    def __init__(self, cost: str) -> None:
+        super().__init__("factored_second_moment", True, cost)
+
+    def options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """On, but for AMSGrad, which needs the moment of every element."""
+        return {} if group.get("amsgrad") else super().options(group)
 
 
 #: All rungs, the cheapest in quality first. A walk takes them in this order and stops as soon as the target is reached.
@@ -208,10 +226,11 @@ LADDER: tuple[Rung, ...] = (
     StateTo("bf16", "state keeps 8 significant bits instead of 24, rounded stochastically"),
     StateTo("8bit", "moments keep 8 bits with a scale for each 256, masks 256 levels; what has no code stays as it is"),
     ToHost("state_device", "no quality; a step fetches moments and masks from the host, and writes them back"),
-    SwitchOff("use_dynamic_adaptation", "parameters no longer get learning rate for their importance"),
-    SwitchOff("enable_dual_momentum", "no long momentum"),
-    SwitchOff("use_spd", "weights are no longer drawn back to where they began; that place is forgotten"),
-    SwitchOff("use_lr_mask", "one learning rate for all elements; what the mask learned is forgotten"),
+    FactorSecondMoment("of the second moments of matrices, the means of rows and columns; their product stands for it"),
+    Simplify("use_dynamic_adaptation", False, "parameters no longer get learning rate for their importance"),
+    Simplify("enable_dual_momentum", False, "no long momentum"),
+    Simplify("use_spd", False, "weights are no longer drawn back to where they began; that place is forgotten"),
+    Simplify("use_lr_mask", False, "one learning rate for all elements; what the mask learned is forgotten"),
 )
 
 
@@ -303,7 +322,7 @@ def _walk(optimizer: Saver, target_vram_gb: float, ladder: Sequence[Rung], dry_r
         used = used_bytes(optimizer)
         actions.append(Action(rung=rung.name, bytes_predicted=predicted, bytes_saved=saved, cost=rung.cost))
         logger.log(
-            logging.WARNING if isinstance(rung, SwitchOff) else logging.INFO,
+            logging.WARNING if isinstance(rung, Simplify) else logging.INFO,
             "optimize_for_vram: %s saved %s (%d bytes; predicted %d). Cost: %s.",
             rung.name, as_size(saved), saved, predicted, rung.cost,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from hina_optim.techniques.background import BackgroundRegularization
 from hina_optim.techniques.base import ParamInfo, Technique
 from hina_optim.techniques.cautious import Cautious
 from hina_optim.techniques.edge import EdgeSuppression
+from hina_optim.techniques.factored_moments import FactoredAdam, FactoredAdopt, saves
 from hina_optim.techniques.frequency import FrequencyPenalty
 from hina_optim.techniques.grams import Grams
 from hina_optim.techniques.importance import ImportanceScaling
@@ -108,12 +109,16 @@ def gradient(g: Group) -> list[Technique]:
     return chain
 
 
-def adamw_moments(g: Group) -> list[Technique]:
-    """ADOPT or Adam, with torque-aware momentum."""
+def adamw_moments(g: Group, info: ParamInfo) -> list[Technique]:
+    """ADOPT or Adam, with torque-aware momentum; the second moment whole, or its row and column means."""
     (beta1, beta2), eps = g["betas"], g["eps"]
     tam: list[Technique] = [TorqueAwareMomentum(g["tam_beta"])] if g["use_tam"] else []
+    factored = g["factored_second_moment"] and saves(info)
     if g["use_adopt_stability"]:
-        return [AdoptNormalization(beta2, eps), *tam, Momentum(beta1)]
+        adopt = FactoredAdopt if factored else AdoptNormalization
+        return [adopt(beta2, eps), *tam, Momentum(beta1)]
+    if factored:
+        return [*tam, FactoredAdam((beta1, beta2), eps)]
     return [*tam, AdamMoments((beta1, beta2), eps, g["amsgrad"])]
 
 

@@ -133,6 +133,11 @@ class Family(HinaOptimizer, Inspection, AdapterReports):
                 f"{type(self).__name__}: amsgrad=True is about Adam's second moment, and ADOPT is on: set "
                 "use_adopt_stability=False, or leave amsgrad out."
             )
+        if group.get("amsgrad") and group.get("factored_second_moment"):
+            raise ValueError(
+                f"{type(self).__name__}: amsgrad=True keeps the largest second moment of every element, and "
+                "factored_second_moment=True none of any element: leave one of them out."
+            )
         if not group.get("use_lr_mask", False):
             return
         owner = type(self).__name__

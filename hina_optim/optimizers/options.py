@@ -77,6 +77,11 @@ OPTIONS: dict[str, Option] = {
     "amsgrad": Option(
         rule.FLAG, "Adam moments only: never let the denominator shrink. Keeps one more tensor, in fp32."
     ),
+    "factored_second_moment": Option(
+        rule.FLAG,
+        "Of the second moment of a matrix keep the means of its rows and columns only, where those are fewer numbers. "
+        "Not with amsgrad.",
+    ),
     "use_tam": Option(rule.FLAG, "Torque-aware momentum: damp what enters the moment when it turns against it."),
     "tam_beta": Option(rule.BELOW_ONE, "Decay a step of its smoothed cosine, in [0, 1)."),
     "use_cautious": Option(

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hina_optim.reference import core, rates
+from hina_optim.reference import core, factored, rates
+from hina_optim.reference.came import Factors
 from hina_optim.reference.common import Reference, by_row
 
 __all__ = ["ReferenceAdamW", "ReferenceAdaptiveHinaAdamW", "ReferenceHinaAdamW"]
@@ -82,23 +83,45 @@ class ReferenceAdamW(Reference):
         """The direction of the step, by ADOPT or Adam, with or without torque-aware damping."""
         group, state = self.group_of[i], self.state[i]
         (beta1, beta2), eps = group["betas"], group["eps"]
-        v = state.exp_avg_sq
-        assert isinstance(v, Tensor)
+        v = self._second_moment(i)
         incoming, damping = grad, 1.0
         if group["use_adopt_stability"]:
-            incoming, state.exp_avg_sq = core.adopt(grad, v, t, beta2, eps)
+            incoming, kept = core.adopt(grad, v, t, beta2, eps)
+            self._keep(i, grad, kept, beta2 if t > 1 else 0.0)
         if group["use_tam"]:
             damping, state.torque = core.torque(state.exp_avg, incoming, state.torque, group["tam_beta"])
         if group["use_adopt_stability"]:
             state.exp_avg = core.momentum(state.exp_avg, incoming, beta1, damping)
             return state.exp_avg
-        update, m, v = core.adam(state.exp_avg, v, grad, t, (beta1, beta2), eps, damping)
-        state.exp_avg, state.exp_avg_sq = m, v
+        update, state.exp_avg, v = core.adam(state.exp_avg, v, grad, t, (beta1, beta2), eps, damping)
+        self._keep(i, grad, v, beta2)
         if group["amsgrad"]:
-            state.largest = core.each(max, state.largest, v)
-            corrected = core.each(lambda x: x / (1 - beta2**t), state.largest)
-            update = core.each(lambda x, y: x / (1 - beta1**t) / (math.sqrt(y) + eps), m, corrected)
-        return update
+            state.largest = v = core.each(max, state.largest, v)
+        elif isinstance(state.exp_avg_sq, Factors):
+            v = factored.spread(state.exp_avg_sq, grad)
+        else:
+            return update
+        corrected = core.each(lambda x: x / (1 - beta2**t), v)
+        return core.each(lambda x, y: x / (1 - beta1**t) / (math.sqrt(y) + eps), state.exp_avg, corrected)
+
+    def _second_moment(self, i: int) -> Tensor:
+        """The second moment of every element, or what row and column means say of it; kept as the options say now."""
+        state, held = self.state[i], self.state[i].exp_avg_sq
+        wanted = self.group_of[i]["factored_second_moment"] and factored.saves(self.params[i])
+        if isinstance(held, Tensor) and wanted:
+            state.exp_avg_sq = held = factored.means(held)
+        elif isinstance(held, Factors) and not wanted:
+            state.exp_avg_sq = held = factored.spread(held, self.params[i])
+        return factored.spread(held, self.params[i]) if isinstance(held, Factors) else held
+
+    def _keep(self, i: int, grad: Tensor, v: Tensor, beta2: float) -> None:
+        """The second moment after this gradient: ``v``, or means of rows and columns."""
+        state = self.state[i]
+        if isinstance(state.exp_avg_sq, Factors):
+            new = factored.means(core.each(lambda g: g * g, grad))
+            state.exp_avg_sq = factored.averaged(state.exp_avg_sq, new, beta2)
+        else:
+            state.exp_avg_sq = v
 
     def _decay(self, i: int, t: int) -> float:
         """The decay of this step, to be multiplied by the learning rate; of LoKr's factors it shrinks more slowly."""
@@ -122,6 +145,7 @@ SHARED: dict[str, Any] = {
     "use_orthogonal_grad": False,
     "use_adopt_stability": True,
     "amsgrad": False,
+    "factored_second_moment": False,
     "use_grams": False,
     "use_agr": True,
     "use_tam": True,

@@ -105,6 +105,7 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
     with _told(optimizer, about, indices):
         _pack_signs(optimizer, groups, entries)
         hosted = optimizer._buckets.check_loaded(groups, entries)
+    _tell_precision(optimizer, groups)
     # it all fits; the old state goes before the new one comes, so that loading needs no more memory than training
     for group, options in zip(optimizer.param_groups, groups, strict=True):
         group.update(options)
@@ -114,6 +115,17 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
         optimizer.state[param] = _own(param, entry, hosted.get(param, set()))
     every = list(indices.values())
     optimizer._buckets.restore([every[at] for at in about.get("alone", ())])
+
+
+def _tell_precision(optimizer: HinaOptimizer, groups: Sequence[dict[str, Any]]) -> None:
+    """Say where state goes on in another precision than the one that the optimizer was built with."""
+    for here, there in zip(optimizer.param_groups, groups, strict=True):
+        built, saved = here["state_precision"], there.get("state_precision", here["state_precision"])
+        if built != saved:
+            optimizer._buckets._say(
+                f"the checkpoint keeps state in {saved}, this optimizer was to keep it in {built}: it goes on in "
+                f"{saved}, as the checkpoint's options say. set_state_precision({built!r}) converts it."
+            )
 
 
 def _pack_signs(

@@ -2,17 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from hina_optim.state.precision import Codec, decoded
 
-__all__ = ["PIECE", "converted"]
+__all__ = ["PIECE", "Piece", "converted", "pieces"]
 
 #: Elements that are decoded at once, about.
 PIECE = 1 << 20
 #: Ranges of a vector begin at multiples of this, which every codec can begin at.
 GRAIN = 4096
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a stack of values: some of them whole, or a range along the first dimension of one.
+
+    Attributes:
+        batch: Which of the stack.
+        first: Where the range begins.
+        last: One past its end.
+        shape: Of the values, with the batch dimension.
+    """
+
+    batch: slice
+    first: int
+    last: int
+    shape: tuple[int, ...]
+
+    @property
+    def flat(self) -> tuple[int, int]:
+        """Its first element of each value, and one past the last."""
+        row = int(torch.Size(self.shape[2:]).numel())
+        return self.first * row, self.last * row
+
+    def of(self, codec: Codec, suffix: str, part: Tensor) -> Tensor:
+        """The piece of a stored stack, a view."""
+        if len(self.shape) == 1:
+            return part[self.batch]
+        ends = (codec.part_shape(suffix, (end, *self.shape[2:]))[0] for end in (self.first, self.last))
+        return part[self.batch, slice(*ends)]
+
+
+def pieces(n: int, shape: tuple[int, ...]) -> Iterator[Piece]:
+    """Pieces of about :data:`PIECE` elements of ``n`` values of a shape."""
+    numel = int(torch.Size(shape).numel())
+    if n > 1 or not shape or numel <= PIECE:
+        each = max(1, PIECE // max(1, numel))
+        for begin in range(0, n, each):
+            count = min(each, n - begin)
+            yield Piece(slice(begin, begin + count), 0, shape[0] if shape else 1, (count, *shape))
+        return
+    row = max(1, numel // shape[0])
+    each = max(1, PIECE // row) if len(shape) > 1 else PIECE // GRAIN * GRAIN
+    for first in range(0, shape[0], each):
+        last = min(first + each, shape[0])
+        yield Piece(slice(0, 1), first, last, (1, last - first, *shape[1:]))
 
 
 def converted(old: Codec, new: Codec, parts: dict[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -31,26 +80,8 @@ def converted(old: Codec, new: Codec, parts: dict[str, Tensor], shape: tuple[int
         suffix: torch.empty((n, *new.part_shape(suffix, shape)), dtype=dtype, device=device)
         for suffix, dtype in new.parts.items()
     }
-    numel = int(torch.Size(shape).numel())
-    if n > 1 or not shape or numel <= PIECE:
-        each = max(1, PIECE // max(1, numel))
-        for first in range(0, n, each):
-            cut = slice(first, first + each)
-            some = {suffix: part[cut] for suffix, part in parts.items()}
-            value = decoded(old, some, (min(each, n - first), *shape))
-            for suffix, part in new.encode(value, None).items():
-                fresh[suffix][cut] = part
-        return fresh
-    row = max(1, numel // shape[0])
-    each = max(1, PIECE // row) if len(shape) > 1 else PIECE // GRAIN * GRAIN
-    for first in range(0, shape[0], each):
-        last = min(first + each, shape[0])
-
-        def piece(codec: Codec, suffix: str, first: int = first, last: int = last) -> slice:
-            return slice(*(codec.part_shape(suffix, (end, *shape[1:]))[0] for end in (first, last)))
-
-        some = {suffix: part[:, piece(old, suffix)] for suffix, part in parts.items()}
-        value = decoded(old, some, (1, last - first, *shape[1:]))
-        for suffix, part in new.encode(value, None).items():
-            fresh[suffix][:, piece(new, suffix)] = part
+    for piece in pieces(n, shape):
+        some = {suffix: piece.of(old, suffix, part) for suffix, part in parts.items()}
+        for suffix, part in new.encode(decoded(old, some, piece.shape), None).items():
+            piece.of(new, suffix, fresh[suffix]).copy_(part)
     return fresh

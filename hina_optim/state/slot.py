@@ -27,6 +27,8 @@ class Slot:
         code: How 8 bits hold it: ``"signed"`` or ``"unsigned"`` values in blocks with a scale, or fixed levels; None
             for what needs 16 bits. ``"ternary"``, with precision ``"int8"``: it is -1, 0 or 1, which takes 2 bits.
         slow: True if one step changes it by less than 8 bits tell apart: then they are rounded stochastically.
+        mean_of: ``(name, "row")`` or ``(name, "column")``: this is the mean of the state ``name`` over each row or
+            column of the matrix view. Where a recipe comes to keep one in the place of the other, it is made of it.
         constant: If True, a parameter whose first value is zero everywhere keeps one zero instead of a full tensor.
             Only for state that never changes (an anchor).
     """
@@ -37,6 +39,7 @@ class Slot:
     precision: Precision = "state"
     code: Literal["signed", "unsigned", "ternary"] | Levels | None = None
     slow: bool = False
+    mean_of: tuple[str, Literal["row", "column"]] | None = None
     constant: bool = False
 
     def local_shape(self, param_shape: tuple[int, ...]) -> tuple[int, ...]:
