@@ -71,7 +71,10 @@ def test_bf16_parameters_with_compensation(precision: str) -> None:
     assert planned.parameter_bytes == sum(p.numel() * 2 for _, p in named)
 
 
-@pytest.mark.parametrize("arguments", [{"min_8bit_size": 0}, {"min_8bit_size": 10**9}, {"force_8bit": True}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"min_8bit_size": 0}, {"min_8bit_size": 10**9}, {"force_8bit": True}, {"factored_second_moment": True}],
+)
 def test_what_is_small_enough_for_8_bits(arguments: dict[str, Any]) -> None:
     arguments = {"state_precision": "8bit", "lr": LR, **arguments}
     optimizer = create_optimizer("HinaAdaptive", large(), **arguments)

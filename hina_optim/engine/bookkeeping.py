@@ -333,6 +333,10 @@ class Buckets:
                 seen_now[g] = group, options
                 for bucket in dict.fromkeys(b for b in self._of.values() if b.key.group == g):
                     changed.append((bucket, *self._recipe(group, bucket.info, bucket.key.dtype)))
+        if not changed:
+            self._options |= seen_now
+            return
+        changed.sort(key=lambda one: one[0].members[0].position)  # on all ranks the same order
         heirs = Heirs(
             self._optimizer,
             [(b, slots, self._optimizer.group(b.key.group)) for b, _, slots in changed if inherits(b.slots, slots)],
@@ -345,6 +349,7 @@ class Buckets:
             bucket.programs.clear()
             if slots != bucket.slots or not bucket.stored_as(Storage.of(group)):
                 bucket.convert(Storage.of(group), slots)
+        for bucket, _, slots in changed:  # only now: what is let go of here cannot be converted back
             if {s.name for s in slots} != {s.name for s in bucket.slots}:
                 heirs.install(bucket, slots)
                 self._drop(bucket)
