@@ -26,7 +26,7 @@ STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 
 
 def arguments(precision: str, steps: int = STEPS) -> dict[str, Any]:
-    """The demo's own, with all that can be in 8 bits: half of its matrices are below ``min_8bit_size``."""
+    """The demo's own, with all that can be in 8 bits: most of its matrices are below ``min_8bit_size``."""
     learning_rate = demo_files.LEARNING_RATES["HinaAdaptive"]
     given = demo_files.optimizer_arguments("HinaAdaptive", learning_rate, steps)
     return {**given, "state_precision": precision, "force_8bit": True}
