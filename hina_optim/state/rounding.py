@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["element_words", "mix", "param_seeds", "round_stochastic", "stream_noise"]
+__all__ = ["element_words", "mix_", "param_seeds", "round_stochastic", "stream_noise"]
 
 _M1 = 0x7FEB352D
 _M2 = 0x846CA68B - (1 << 32)
@@ -20,19 +20,17 @@ _M3 = 0x2C1B3C6D
 _STREAM = 0x632BE59B
 
 
-def mix(x: Tensor) -> Tensor:
-    """Scramble int32 values: every input bit changes every output bit with probability about one half."""
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * _M1
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * _M2
-    return x ^ ((x >> 16) & 0xFFFF)
+def mix_(x: Tensor) -> Tensor:
+    """Scramble int32 values in place: every input bit changes every output bit with probability about one half."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_M1)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_M2)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
 def param_seeds(keys: Tensor, seed: int, step: int) -> Tensor:
     """One int32 seed a parameter, ``[N]``, from ``keys`` (int32, ``[N]``), the user's seed and the step."""
     word = (seed * 0x85EBCA6B + step * 0xC2B2AE35 + (step >> 32)) & 0xFFFFFFFF
-    return mix(mix(keys * _GOLDEN) + (word - (1 << 32) if word >= 1 << 31 else word))
+    return mix_(mix_(keys * _GOLDEN) + (word - (1 << 32) if word >= 1 << 31 else word))
 
 
 def element_words(seeds: Tensor, index: Tensor) -> Tensor:
@@ -57,7 +55,7 @@ def stream_noise(words: Tensor, stream: int) -> Tensor:
     # hashed, not only multiplied: products of one word are too alike, and averages that several draws of a step round
     # went astray by a third more
     move = (stream + 1) * _STREAM & 0xFFFFFFFF
-    return mix(words + (move - (1 << 32) if move >= 1 << 31 else move)).bitwise_and_(0xFFFF)
+    return mix_(words + (move - (1 << 32) if move >= 1 << 31 else move)).bitwise_and_(0xFFFF)
 
 
 def round_stochastic(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
