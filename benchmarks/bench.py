@@ -187,7 +187,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     listed = "; ".join(f"{key}: {title}" for key, (title, _) in WORKLOADS.items())
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help=listed)
-    parser.add_argument("--optimizers", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
+    parser.add_argument("--optimizers", nargs="+", metavar="TEXT", help="rows whose name contains one of these (=NAME: is it)")
     parser.add_argument("--compiled", action="store_true", help="all of this library's under torch.compile, too")
     parser.add_argument("--rounds", type=int, default=9, help="at most so many rounds a row (default 9)")
     parser.add_argument("--seconds", type=float, default=4.0, help="about so long a row, if three are done (default 4)")
@@ -208,6 +208,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def named(contender: Contender, text: str) -> bool:
+    """Whether a text, in small letters, is part of a row's name, or, behind ``=``, all of it."""
+    name = contender.name.lower()
+    return text[1:] == name if text.startswith("=") else text in name
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the tables; write them as JSON and as a picture."""
     args = parse(argv)
@@ -215,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     wanted = [text.lower() for text in args.optimizers or [""]]
-    chosen = [c for c in contenders(args.compiled) if any(text in c.name.lower() for text in wanted)]
+    chosen = [c for c in contenders(args.compiled) if any(named(c, text) for text in wanted)]
     if args.quick:
         chosen = [c for c in chosen if not c.variant and (args.compiled or not (c.ours and c.compiled))]
     logging.getLogger("hina_optim").setLevel(logging.ERROR)  # no loss is reported here, and each of them would say so
