@@ -187,7 +187,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     listed = "; ".join(f"{key}: {title}" for key, (title, _) in WORKLOADS.items())
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help=listed)
-    parser.add_argument("--optimizers", nargs="+", metavar="TEXT", help="rows whose name contains one of these (=NAME: is it)")
+    parser.add_argument("--optimizers", nargs="+", metavar="TEXT", help="rows that contain one of these, or are =it")
     parser.add_argument("--compiled", action="store_true", help="all of this library's under torch.compile, too")
     parser.add_argument("--rounds", type=int, default=9, help="at most so many rounds a row (default 9)")
     parser.add_argument("--seconds", type=float, default=4.0, help="about so long a row, if three are done (default 4)")
