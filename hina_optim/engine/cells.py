@@ -40,8 +40,8 @@ GRAIN = 4096
 FOLD = 64
 #: Values alive at once, per element, where segments run in lines: stacks of small parameters, and little else.
 LINED_VALUES = 4
-#: Elements of a stack of small parameters that runs in graphs: weights and gradients take 32 MB. Smaller ones would stay
-#: in nearer caches from segment to segment, but a call of a graph costs as much as many elements.
+#: Elements of a stack of small parameters that runs in graphs: weights and gradients take 32 MB. Smaller ones would
+#: stay in nearer caches from segment to segment, but a call of a graph costs as much as many elements.
 STACK = 1 << 22
 #: On a CPU, eager chunks are small enough for the values in flight to stay in its caches.
 CPU_CHUNK = 1 << 17
