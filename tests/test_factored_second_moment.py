@@ -24,13 +24,12 @@ from tests.every_optimizer import LR, NAMES, OPTIONS, give_large, large, make
 from tests.optim_cases import NOTHING
 from tests.processes import on_ranks
 from tests.shards import ThreadLayout, World, cut, piece_of
+from tests.test_ladder import TINY, Named, go_on
 from tests.test_out_of_memory import Scarce, places
 
 FAMILY = [name for name in NAMES if "Came" not in name]
 RUNG = (FactorSecondMoment("some"),)
-TINY = 1e-9
 MEANS = {"exp_avg_sq_row", "exp_avg_sq_col"}
-Named = list[tuple[str, nn.Parameter]]
 
 
 def trained(steps: int, name: str = "HinaAdaptive", **arguments: Any) -> tuple[Named, HinaOptimizer]:
@@ -38,12 +37,6 @@ def trained(steps: int, name: str = "HinaAdaptive", **arguments: Any) -> tuple[N
     optimizer = make(name, named, **arguments)
     go_on(named, optimizer, 0, steps)
     return named, optimizer
-
-
-def go_on(named: Named, optimizer: HinaOptimizer, start: int, stop: int) -> None:
-    for step in range(start, stop):
-        give_large(named, step)
-        optimizer.step()
 
 
 def kept(optimizer: HinaOptimizer, p: Tensor) -> dict[str, Tensor]:

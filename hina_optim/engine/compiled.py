@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import types
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hina_optim.engine.bucket import KAHAN, Bucket
 from hina_optim.engine.plan import plan_segments
-from hina_optim.engine.rules import Rules, Values
+from hina_optim.engine.rules import Rules, Values, chosen
 from hina_optim.state.precision import Codec
 from hina_optim.techniques.base import Flow, PeriodicTechnique, Technique
 
@@ -26,10 +27,13 @@ __all__ = [
     "Compiled",
     "Stored",
     "aside_of",
+    "commit",
     "compiler",
     "dynamic",
     "element_wise",
+    "graph",
     "identity_of",
+    "index_of",
     "is_compiled",
     "narrowed",
     "numbers_of",
@@ -101,6 +105,38 @@ def dynamic() -> Iterator[None]:
         config.use_duck_shape = before
 
 
+def graph(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A function as one graph, under a name of its own: torch.compile counts recompilations by code object."""
+    code = function.__code__.replace(co_name=name)
+    own = types.FunctionType(code, function.__globals__, name, None, function.__closure__)
+    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=False, options=OPTIONS)
+    return compiled
+
+
+def index_of(like: Tensor, start: Tensor) -> Tensor:
+    """Global flat index of every element of ``like``, ``[N, …]``, of the dtype of ``start``, ``[N]`` or ``[1]``."""
+    steps = torch.arange(like.shape[1:].numel(), dtype=start.dtype, device=start.device)
+    return start.view(-1, *([1] * (like.ndim - 1))) + steps.view(1, *like.shape[1:])
+
+
+def commit(
+    rules: Rules, flow: Flow, stored: Values, small: tuple[str, ...], seeds: Tensor | None, start: Tensor, ok: Tensor
+) -> Values:
+    """Write weights and state in place where ``ok``; returns the new state named in ``small``, for others to write."""
+    index = None if seeds is None else index_of(stored["grad"], start.to(torch.int32))
+    weights, encoded = rules.written(flow, seeds, index, stored["param"].dtype)
+    found: Values = {}
+    writes = [(stored["param"], weights)]
+    for name, suffix, part in encoded:
+        if name in small:
+            found[name] = part
+        else:
+            writes.append((stored[name + suffix], part))
+    for old, new in writes:
+        old.copy_(chosen(ok, new, old))
+    return found
+
+
 class Stored(dict[str, Tensor]):
     """State by slot, decoded when it is asked for: what no technique asks for is no input of a graph."""
 
@@ -147,6 +183,26 @@ class Compiled:
             The sums, ``[N]`` or ``[N, size]`` each; None if no graph takes these elements: then nothing has happened.
         """
         raise NotImplementedError
+
+    def before(self, totals: list[Values]) -> Values:
+        """Totals as ``"<segment>.<technique>.<name>"``, without those of what measures beside the graphs."""
+        beside = {one.name for one, measures in self.aside if measures}
+        return {
+            f"{j}.{k}": v
+            for j, found in enumerate(totals)
+            for k, v in found.items()
+            if k.split(".", 1)[0] not in beside
+        }
+
+    @staticmethod
+    def finish(stored: Values, totals: list[Values], found: Values) -> None:
+        """Write state of numbers, rows and columns, and which parameters were skipped."""
+        ok = totals[0]["engine.bad"] == 0
+        stored["skipped"].add_((~ok).to(stored["skipped"].dtype))
+        for name, value in found.items():
+            old = stored[name]
+            keep = ok.view(-1, *([1] * (old.ndim - 1)))
+            old.copy_(torch.where(keep, value.reshape(old.shape).to(old.dtype), old))
 
     def like(self, stored: Values) -> Values:
         """Gradient, weights and the parts of the state that have an element for each of theirs."""

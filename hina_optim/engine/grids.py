@@ -8,7 +8,6 @@ is a constant in a graph, so each has graphs of its own.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,19 +17,21 @@ from torch import Tensor
 from hina_optim.engine.bucket import Bucket
 from hina_optim.engine.compiled import (
     MADE,
-    OPTIONS,
     WIDTH,
     Compiled,
     Stored,
     aside_of,
+    commit,
     dynamic,
     element_wise,
+    graph,
     identity_of,
+    index_of,
     narrowed,
     numbers_of,
     without_numbers,
 )
-from hina_optim.engine.rules import Rules, Values, chosen
+from hina_optim.engine.rules import Rules, Values
 from hina_optim.techniques.base import ByColumn, ByRow, Flow, Folded, PeriodicTechnique, Technique
 
 __all__ = ["Grids", "grids_of"]
@@ -84,7 +85,7 @@ class GridGraphs:
         seeds: Tensor | None,
         start: Tensor,
         row_index: Tensor,
-        written: Tensor,
+        written: Tensor | None,
     ) -> Values:
         """Segment ``i``.
 
@@ -98,7 +99,7 @@ class GridGraphs:
             seeds: int32 ``[N]``, where noise is needed.
             start: int64 ``[1]``: global flat index of the first element of each.
             row_index: int64: which rows are here.
-            written: ``[N, rows here, 1, 1]``: 1 for what is written by the last segment, 0 for what is kept.
+            written: ``[N, rows here, 1, 1]``: 1 for what the last segment writes, 0 for what is kept; None in others.
 
         Returns:
             Sums, over what is here; of the last segment the new values of :attr:`single` and :attr:`fixed`.
@@ -139,7 +140,7 @@ class GridGraphs:
             seeds: Tensor | None,
             start: Tensor,
             row_index: Tensor,
-            written: Tensor,
+            written: Tensor | None,
         ) -> Values:
             names = ("lr", "count", "rows", "columns", *single, *known, *totals)
             number = dict(zip(names, numbers.unbind(0), strict=True))
@@ -158,7 +159,7 @@ class GridGraphs:
             flow["lr"] = flow["rate"] = flow.per_param(number["lr"])
             flow["row_index"] = row_index
             if any(one.needs_index for one in rules.chain):
-                flow["index"] = _index(stored["grad"], start)
+                flow["index"] = index_of(stored["grad"], start)
 
             def add(value: Any, _: Flow) -> Tensor:
                 return _sum(value, banded)
@@ -168,13 +169,10 @@ class GridGraphs:
                 sums = rules.run(j, flow, before, {}, add)
             if i + 1 < len(rules.segments):
                 return sums
-            return _commit(rules, flow, stored, (*single, *fixed), seeds, start, written)
+            assert written is not None
+            return commit(rules, flow, stored, (*single, *fixed), seeds, start, written > 0)
 
-        # torch.compile counts recompilations by code object
-        code = segment.__code__.replace(co_name=f"grid{i}")
-        own = types.FunctionType(code, segment.__globals__, segment.__name__, None, segment.__closure__)
-        compiled: Callable[..., Values] = torch.compile(own, fullgraph=True, dynamic=False, options=OPTIONS)
-        return compiled
+        return graph(segment, f"grid{i}")
 
 
 def _sum(value: Any, banded: bool) -> Tensor:
@@ -190,36 +188,6 @@ def _sum(value: Any, banded: bool) -> Tensor:
     # sums over one row stay in registers
     total: Tensor = value.sum((2, 3)).sum(1) if value.ndim == 4 else value
     return total
-
-
-def _index(like: Tensor, start: Tensor) -> Tensor:
-    """Global flat index of every element of ``like``, of the dtype of ``start``."""
-    steps = torch.arange(like[0].numel(), dtype=start.dtype, device=like.device)
-    return start + steps.view(1, *like.shape[1:])
-
-
-def _commit(
-    rules: Rules,
-    flow: Flow,
-    stored: Values,
-    small: tuple[str, ...],
-    seeds: Tensor | None,
-    start: Tensor,
-    written: Tensor,
-) -> Values:
-    """Write weights and state in place; returns new state of parameters, rows and columns."""
-    index = None if seeds is None else _index(stored["grad"], start.to(torch.int32))
-    target, encoded = rules.written(flow, seeds, index, stored["param"].dtype)
-    found: Values = {}
-    writes = [(stored["param"], target)]
-    for name, suffix, part in encoded:
-        if name in small:
-            found[name] = part
-        else:
-            writes.append((stored[name + suffix], part))
-    for old, new in writes:
-        old.copy_(chosen(written > 0, new, old))
-    return found
 
 
 class Grids(Compiled):
@@ -244,8 +212,9 @@ class Grids(Compiled):
             return None
         graphs, device = self.graphs, grad.device
         row_index = scalars.get("row_index")
-        names, vectors = self._totals(totals)
-        vectors |= {name: stored[name] for name in graphs.fixed}
+        every = self.before(totals)
+        names = {k: v for k, v in every.items() if v.ndim == 1}
+        vectors = {k: v for k, v in every.items() if v.ndim == 2} | {name: stored[name] for name in graphs.fixed}
         sizes = [
             torch.full((), size, dtype=self.rules.compute, device=device)
             for size in (info.numel, info.rows, info.columns)
@@ -254,7 +223,10 @@ class Grids(Compiled):
         known += [*(scalars[name] for name in graphs.scalars), *names.values()]
         numbers = torch.stack([one.to(self.rules.compute).expand(n) for one in known])
         final = i + 1 == len(self.rules.segments)
-        ok = totals[0]["engine.bad"] == 0 if final else torch.ones(n, dtype=torch.bool, device=device)
+        written = None
+        if final:
+            ok = (totals[0]["engine.bad"] == 0).to(self.rules.compute)
+            written = ok.view(n, 1, 1, 1).expand(n, rows, 1, 1).contiguous()
         found = graphs.run(
             i,
             {name: part.detach().view(n, rows, columns) for name, part in self.like(stored).items()},
@@ -264,28 +236,13 @@ class Grids(Compiled):
             scalars["seeds"] if self.noisy else None,
             torch.full((1,), start, dtype=torch.int64, device=device),
             torch.arange(rows, device=device) if row_index is None else row_index,
-            ok.to(self.rules.compute).view(n, 1, 1, 1).expand(n, rows, 1, 1).contiguous(),
+            written,
         )
         if not final:
             return {name: self._placed(value, row_index) for name, value in found.items()}
         if last:
-            stored["skipped"].add_((~ok).to(stored["skipped"].dtype))
-            for name, value in found.items():
-                old = stored[name]
-                keep = ok.view(-1, *([1] * (old.ndim - 1)))
-                old.copy_(torch.where(keep, value.reshape(old.shape).to(old.dtype), old))
+            self.finish(stored, totals, found)
         return {}
-
-    def _totals(self, totals: list[Values]) -> tuple[Values, Values]:
-        """Totals of one number, and of rows or columns, without those of what measures beside the graphs."""
-        beside = {one.name for one, measures in self.aside if measures}
-        every = {
-            f"{j}.{k}": v
-            for j, found in enumerate(totals)
-            for k, v in found.items()
-            if k.split(".", 1)[0] not in beside
-        }
-        return {k: v for k, v in every.items() if v.ndim == 1}, {k: v for k, v in every.items() if v.ndim == 2}
 
     def _placed(self, value: Tensor, row_index: Tensor | None) -> Tensor:
         """Sums as the engine adds them up: of rows those of all rows."""

@@ -13,7 +13,6 @@ added up here.
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -23,19 +22,21 @@ from torch import Tensor
 from hina_optim.engine.bucket import Bucket
 from hina_optim.engine.compiled import (
     MADE,
-    OPTIONS,
     WIDTH,
     Compiled,
     Stored,
     aside_of,
+    commit,
     dynamic,
     element_wise,
+    graph,
     identity_of,
+    index_of,
     narrowed,
     numbers_of,
     without_numbers,
 )
-from hina_optim.engine.rules import FINITE, Rules, Values, chosen
+from hina_optim.engine.rules import FINITE, Rules, Values
 from hina_optim.techniques.base import Flow, Folded, PeriodicTechnique, Technique
 
 __all__ = ["LONGEST", "Lines", "line_length", "lines_of"]
@@ -109,19 +110,15 @@ class Graphs:
             flow = Flow(values, state, {}, {name: number[name] for name in ("count", *known)}, rules.info, holds)
             flow["lr"] = flow["rate"] = flow.per_param(number["lr"])
             if any(one.needs_index for one in rules.chain):
-                flow["index"] = _index(stored["grad"], start)
+                flow["index"] = index_of(stored["grad"], start)
             sums: Values = {}
             for j in range(i + 1):
                 sums = rules.run(j, flow, before, {}, _sum)
             if i + 1 < len(rules.segments):
                 return sums
-            return _commit(rules, flow, stored, single, seeds, start)
+            return commit(rules, flow, stored, single, seeds, start, flow[FINITE] > 0)
 
-        # torch.compile counts recompilations by code object
-        code = segment.__code__.replace(co_name=f"segment{i}")
-        own = types.FunctionType(code, segment.__globals__, segment.__name__, None, segment.__closure__)
-        compiled: Callable[..., Values] = torch.compile(own, fullgraph=True, dynamic=False, options=OPTIONS)
-        return compiled
+        return graph(segment, f"segment{i}")
 
 
 def _sum(value: Any, flow: Flow) -> Tensor:
@@ -131,31 +128,6 @@ def _sum(value: Any, flow: Flow) -> Tensor:
         return value.value.new_zeros(value.value.shape[0], value.size).scatter_add_(1, place, value.value.flatten(1))
     sums: Tensor = value.expand_as(flow["grad"]).sum((1, 2))
     return sums
-
-
-def _index(like: Tensor, start: Tensor) -> Tensor:
-    """Global flat index of every element of ``like``, ``[lines, length / width, width]``, of the dtype of ``start``."""
-    steps = torch.arange(like.shape[1] * like.shape[2], dtype=start.dtype, device=start.device)
-    return start[:, None, None] + steps.view(like.shape[1:])
-
-
-def _commit(
-    rules: Rules, flow: Flow, stored: Values, single: tuple[str, ...], seeds: Tensor | None, start: Tensor
-) -> Values:
-    """Write weights and state in place; returns new state of one number a parameter."""
-    ok = flow[FINITE] > 0
-    index = None if seeds is None else _index(stored["grad"], start.to(torch.int32))
-    written, encoded = rules.written(flow, seeds, index, stored["param"].dtype)
-    numbers: Values = {}
-    writes = [(stored["param"], written)]
-    for name, suffix, part in encoded:
-        if name in single:
-            numbers[name] = part
-        else:
-            writes.append((stored[name + suffix], part))
-    for old, new in writes:
-        old.copy_(chosen(ok, new, old))
-    return numbers
 
 
 class Lines(Compiled):
@@ -177,10 +149,7 @@ class Lines(Compiled):
         if not length or not (grad.is_contiguous() and stored["param"].is_contiguous()):
             return None
         graphs, each = self.graphs, grad.numel() // n // length
-        names: dict[str, Tensor] = {}
-        beside = {one.name for one, measures in self.aside if measures}
-        for j, found in enumerate(totals):
-            names |= {f"{j}.{k}": v for k, v in found.items() if k.split(".", 1)[0] not in beside}
+        names = self.before(totals)
         own = [stored[name] for name in graphs.single]
         count = torch.full((), self.bucket.info.numel, dtype=self.rules.compute, device=grad.device)
         known = [scalars["lr"], count, *own, *(scalars[name] for name in graphs.scalars), *names.values()]
@@ -199,10 +168,7 @@ class Lines(Compiled):
         if i + 1 < len(self.rules.segments):
             return {name: value.view(n, each, *value.shape[1:]).sum(1) for name, value in found.items()}
         if last:
-            ok = totals[0]["engine.bad"] == 0
-            stored["skipped"].add_((~ok).to(stored["skipped"].dtype))
-            for name, value in found.items():
-                stored[name].copy_(torch.where(ok, value[::each].to(stored[name].dtype), stored[name]))
+            self.finish(stored, totals, {name: value[::each] for name, value in found.items()})
         return {}
 
 

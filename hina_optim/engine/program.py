@@ -8,7 +8,6 @@ tensors it was given.
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hina_optim.engine.bucket import Bucket
-from hina_optim.engine.compiled import OPTIONS, Compiled, without_numbers
+from hina_optim.engine.compiled import Compiled, graph, without_numbers
 from hina_optim.engine.grids import BAND, grids_of
 from hina_optim.engine.lines import lines_of
 from hina_optim.engine.rules import FINITE, FiniteGuard, Rules, Values, chosen
@@ -170,14 +169,8 @@ class Program:
                     left |= {f"state.{k}": v for k, v in flow.state.items()}
                 return left, sums
 
-            if compiled:
-                # torch.compile counts recompilations by code object; each segment of each bucket is a program of its
-                # own
-                code = phase.__code__.replace(co_name=f"phase{i}{'_again' if again else ''}{'' if last else '_part'}")
-                own = types.FunctionType(code, phase.__globals__, phase.__name__, None, phase.__closure__)
-                self._steps[key] = torch.compile(own, fullgraph=True, dynamic=False, options=OPTIONS)
-            else:
-                self._steps[key] = phase
+            name = f"phase{i}{'_again' if again else ''}{'' if last else '_part'}"
+            self._steps[key] = graph(phase, name) if compiled else phase
         return self._steps[key]
 
     def _flow(self, stored: Values, scalars: Values, carry: Values, start: bool) -> Flow:
