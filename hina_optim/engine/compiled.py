@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import logging
-import types
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hina_optim.engine.bucket import KAHAN, Bucket
+from hina_optim.engine.graphs import compiler
+from hina_optim.engine.inputs import Inputs
 from hina_optim.engine.plan import plan_segments
 from hina_optim.engine.rules import Rules, Values, chosen
 from hina_optim.state.precision import Codec
@@ -22,33 +20,23 @@ from hina_optim.techniques.base import Flow, PeriodicTechnique, Technique
 
 __all__ = [
     "MADE",
-    "OPTIONS",
     "WIDTH",
     "Compiled",
     "Stored",
     "aside_of",
     "commit",
-    "compiler",
-    "dynamic",
     "element_wise",
-    "graph",
     "identity_of",
     "index_of",
     "is_compiled",
     "narrowed",
     "numbers_of",
-    "without_numbers",
 ]
-
-log = logging.getLogger("hina_optim")
 
 #: Elements of the widest vector of a CPU, in four bytes each.
 WIDTH = 16
 #: Elements of a piece in which what measures is computed, eagerly.
 PIECE = 1 << 17
-
-#: Always in parallel loops, whatever the size of the first parameter; products and sums in one instruction.
-OPTIONS: dict[str, Any] = {"cpp.dynamic_threads": True, "cpp.enable_floating_point_contract_flag": "fast"}
 
 Adding = Callable[[Any, Flow], Tensor]
 
@@ -63,54 +51,6 @@ def is_compiled(bucket: Bucket) -> bool:
     large model give back, and need a compiler.
     """
     return bool(bucket.group["compile"]) and (bucket.key.device.type != "cpu" or compiler())
-
-
-@functools.cache
-def compiler() -> bool:
-    """Whether torch finds a C++ compiler, without which it compiles nothing for CPUs; says so once if not."""
-    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to import
-
-    try:
-        return bool(get_cpp_compiler())
-    except RuntimeError:  # an InvalidCxxCompiler, which has another place in other versions
-        log.warning(
-            "compile=True, but no C++ compiler was found (g++, or what CXX names): steps on CPUs run eagerly, which "
-            "takes several times as long and gives the same result."
-        )
-        return False
-
-
-def without_numbers(error: RuntimeError, i: int, segments: int) -> None:
-    """Raise an error again, unless a graph can be built in which numbers are made in the loops over elements.
-
-    torch 2.13 cannot fuse some of the loops that make numbers with those that write in place. Nothing has run then, and
-    without them a graph is slower by the operations on numbers.
-    """
-    if "KeyError: 'buf" not in str(error):
-        raise error
-    log.info(
-        "torch could not build segment %d of %d with numbers made outside of loops; it is built without.",
-        i + 1, segments,
-    )  # fmt: skip
-
-
-@contextlib.contextmanager
-def dynamic() -> Iterator[None]:
-    """Within this, sizes that happen to be equal when a graph is made may differ later."""
-    config = torch.fx.experimental._config
-    before, config.use_duck_shape = config.use_duck_shape, False
-    try:
-        yield
-    finally:
-        config.use_duck_shape = before
-
-
-def graph(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A function as one graph, under a name of its own: torch.compile counts recompilations by code object."""
-    code = function.__code__.replace(co_name=name)
-    own = types.FunctionType(code, function.__globals__, name, None, function.__closure__)
-    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=False, options=OPTIONS)
-    return compiled
 
 
 def index_of(like: Tensor, start: Tensor) -> Tensor:
@@ -166,17 +106,13 @@ class Compiled:
         #: Whether anything is rounded by chance.
         self.noisy = rules.rounding == "stochastic" or any(rules.codecs[slot.name].noisy for slot in rules.slots)
 
-    def run(
-        self, i: int, stored: Values, scalars: Values, totals: list[Values], start: int, last: bool
-    ) -> Values | None:
+    def run(self, i: int, inputs: Inputs, totals: list[Values], last: bool) -> Values | None:
         """Segment ``i`` of some parameters, or of a part of one.
 
         Args:
             i: Which.
-            stored: ``[N, …]``, as stored.
-            scalars: Numbers of this step.
+            inputs: ``[N, …]``, as stored, and the numbers of this step.
             totals: Of the segments before.
-            start: Global flat index of the first element of each parameter.
             last: Whether state of one number, and of rows and columns, is to be written.
 
         Returns:

@@ -22,15 +22,14 @@ from hina_optim.engine.compiled import (
     Stored,
     aside_of,
     commit,
-    dynamic,
     element_wise,
-    graph,
     identity_of,
     index_of,
     narrowed,
     numbers_of,
-    without_numbers,
 )
+from hina_optim.engine.graphs import Segments, graph, mark
+from hina_optim.engine.inputs import Inputs
 from hina_optim.engine.rules import Rules, Values
 from hina_optim.techniques.base import ByColumn, ByRow, Flow, Folded, PeriodicTechnique, Technique
 
@@ -58,7 +57,7 @@ class Grid(Flow):
         return self.once(x).reshape(x.shape[0], 1, *self.values["grad"].shape[2:])
 
 
-class GridGraphs:
+class GridGraphs(Segments):
     """The compiled segments of all buckets of matrices that follow the same rules.
 
     Args:
@@ -69,19 +68,20 @@ class GridGraphs:
     """
 
     def __init__(self, rules: Rules, single: tuple[str, ...], scalars: tuple[str, ...], fixed: tuple[str, ...]) -> None:
+        super().__init__(len(rules.segments))
         self.rules = rules
         self.single = single
         self.fixed = fixed
         self.scalars = scalars
-        self._compiled: dict[tuple[Any, ...], Callable[..., Values]] = {}
 
     def run(
         self,
         i: int,
         stored: Values,
         numbers: Tensor,
+        totals: Tensor | None,
         vectors: Values,
-        totals: tuple[str, ...],
+        names: tuple[str, ...],
         seeds: Tensor | None,
         start: Tensor,
         row_index: Tensor,
@@ -91,11 +91,11 @@ class GridGraphs:
 
         Args:
             i: Which.
-            stored: ``[N, rows here, columns]`` each.
-            numbers: ``[numbers, N]``: learning rate, elements, rows, columns, :attr:`single`, :attr:`scalars`,
-                ``totals``.
+            stored: ``[N, rows here, vectors, width]`` each: a row is vectors of :data:`WIDTH` elements, or of one.
+            numbers: ``[numbers, N]``: learning rate, elements, rows, columns, :attr:`single`, :attr:`scalars`.
+            totals: ``[totals, N]``; None where there are none yet.
             vectors: ``[N, rows]`` or ``[N, columns]``: :attr:`fixed`, and totals as ``"<segment>.<technique>.<name>"``.
-            totals: What totals there are of one number, named likewise.
+            names: What totals there are of one number, named likewise.
             seeds: int32 ``[N]``, where noise is needed.
             start: int64 ``[1]``: global flat index of the first element of each.
             row_index: int64: which rows are here.
@@ -104,48 +104,38 @@ class GridGraphs:
         Returns:
             Sums, over what is here; of the last segment the new values of :attr:`single` and :attr:`fixed`.
         """
-        n, rows, columns = stored["grad"].shape
-        whole, banded = columns % WIDTH == 0, rows > BAND and rows % BAND == 0
+        n, rows, across, width = stored["grad"].shape
+        banded, narrow = rows > BAND and rows % BAND == 0, across * width <= NARROW
         # sizes of 1 are constants in a graph
-        narrow = columns <= NARROW
-        key = i, totals, tuple(vectors), whole, banded, narrow, n == 1, columns == WIDTH
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(i, totals, banded, narrow, True)
-        stored = {name: part.unflatten(2, (-1, WIDTH if whole else 1)) for name, part in stored.items()}
-        given = stored, numbers, vectors, seeds, start, row_index, written
-        for part in stored.values():
-            torch._dynamo.maybe_mark_dynamic(part, (0, 1, 2))
-        for x, dims in ((numbers, (1,)), (seeds, (0,)), (row_index, (0,)), (written, (0, 1))):
-            if x is not None:
-                torch._dynamo.maybe_mark_dynamic(x, dims)
-        for x in vectors.values():
-            torch._dynamo.maybe_mark_dynamic(x, (0, 1))
-        with dynamic():
-            try:
-                return self._compiled[key](*given)
-            except RuntimeError as error:
-                without_numbers(error, i, len(self.rules.segments))
-                self._compiled[key] = self._compile(i, totals, banded, narrow, False)
-                return self._compiled[key](*given)
+        key = i, names, tuple(vectors), width, banded, narrow, n == 1, across == 1
+        mark((totals, (1,)), (seeds, (0,)), (written, (0, 1)), *((x, (0, 1)) for x in vectors.values()))
+        found: Values = self.call(
+            i,
+            key,
+            lambda holds: self._compile(i, names, banded, narrow, holds),
+            (stored, numbers, totals, vectors, seeds, start, row_index, written),
+        )
+        return found
 
     def _compile(
-        self, i: int, totals: tuple[str, ...], banded: bool, narrow: bool, holds: bool
+        self, i: int, names: tuple[str, ...], banded: bool, narrow: bool, holds: bool
     ) -> Callable[..., Values]:
         rules, single, fixed, known = self.rules, self.single, self.fixed, self.scalars
 
         def segment(
             stored: Values,
             numbers: Tensor,
+            totals: Tensor | None,
             vectors: Values,
             seeds: Tensor | None,
             start: Tensor,
             row_index: Tensor,
             written: Tensor | None,
         ) -> Values:
-            names = ("lr", "count", "rows", "columns", *single, *known, *totals)
-            number = dict(zip(names, numbers.unbind(0), strict=True))
+            number = dict(zip(("lr", "count", "rows", "columns", *single, *known), numbers.unbind(0), strict=True))
             before: list[Values] = [{} for _ in range(i)]
-            for name, total in ({name: number[name] for name in totals} | vectors).items():
+            ones = dict(zip(names, () if totals is None else totals.unbind(0), strict=True))
+            for name, total in (ones | vectors).items():
                 if name not in fixed:
                     at, label = name.split(".", 1)
                     before[int(at)][label] = total
@@ -199,50 +189,61 @@ class Grids(Compiled):
         super().__init__(bucket, rules, aside)
         self.graphs = graphs
 
-    def run(
-        self, i: int, stored: Values, scalars: Values, totals: list[Values], start: int, last: bool
-    ) -> Values | None:
+    def run(self, i: int, inputs: Inputs, totals: list[Values], last: bool) -> Values | None:
         """Segment ``i`` of some matrices, or of some rows of one; None if they have too few."""
-        grad, info = stored["grad"], self.bucket.info
+        stored, grad = inputs.stored, inputs.stored["grad"]
         if grad.ndim < 3 or not grad.numel() or not (grad.is_contiguous() and stored["param"].is_contiguous()):
             return None
         n, rows = grad.shape[:2]
         columns = grad.numel() // (n * rows)
         if rows < 2 or columns < WIDTH:
             return None
-        graphs, device = self.graphs, grad.device
-        row_index = scalars.get("row_index")
+        if not inputs.laid:
+            inputs.laid = self._laid(inputs, n, rows, columns)
+        grids, numbers, row_index, start = inputs.laid
         every = self.before(totals)
         names = {k: v for k, v in every.items() if v.ndim == 1}
-        vectors = {k: v for k, v in every.items() if v.ndim == 2} | {name: stored[name] for name in graphs.fixed}
-        sizes = [
-            torch.full((), size, dtype=self.rules.compute, device=device)
-            for size in (info.numel, info.rows, info.columns)
-        ]
-        known = [scalars["lr"], *sizes, *(stored[name] for name in graphs.single)]
-        known += [*(scalars[name] for name in graphs.scalars), *names.values()]
-        numbers = torch.stack([one.to(self.rules.compute).expand(n) for one in known])
+        vectors = {k: v for k, v in every.items() if v.ndim == 2} | {name: stored[name] for name in self.graphs.fixed}
         final = i + 1 == len(self.rules.segments)
         written = None
         if final:
             ok = (totals[0]["engine.bad"] == 0).to(self.rules.compute)
             written = ok.view(n, 1, 1, 1).expand(n, rows, 1, 1).contiguous()
-        found = graphs.run(
+        found = self.graphs.run(
             i,
-            {name: part.detach().view(n, rows, columns) for name, part in self.like(stored).items()},
+            grids,
             numbers,
+            torch.stack(list(names.values())) if names else None,
             vectors,
             tuple(names),
-            scalars["seeds"] if self.noisy else None,
-            torch.full((1,), start, dtype=torch.int64, device=device),
-            torch.arange(rows, device=device) if row_index is None else row_index,
+            inputs.scalars["seeds"] if self.noisy else None,
+            start,
+            row_index,
             written,
         )
         if not final:
-            return {name: self._placed(value, row_index) for name, value in found.items()}
+            return {name: self._placed(value, inputs.scalars.get("row_index")) for name, value in found.items()}
         if last:
             self.finish(stored, totals, found)
         return {}
+
+    def _laid(self, inputs: Inputs, n: int, rows: int, columns: int) -> tuple[Any, ...]:
+        """What all segments read: elements, numbers, which rows are here, and where they begin."""
+        scalars, graphs, info, device = inputs.scalars, self.graphs, self.bucket.info, inputs.stored["grad"].device
+        width = WIDTH if columns % WIDTH == 0 else 1
+        shape = n, rows, columns // width, width
+        sizes = [
+            torch.full((), size, dtype=self.rules.compute, device=device)
+            for size in (info.numel, info.rows, info.columns)
+        ]
+        known = [scalars["lr"], *sizes, *(inputs.stored[name] for name in graphs.single)]
+        known += [scalars[name] for name in graphs.scalars]
+        grids = {name: part.detach().view(shape) for name, part in self.like(inputs.stored).items()}
+        numbers = torch.stack([one.to(self.rules.compute).expand(n) for one in known])
+        rows_here = scalars.get("row_index")
+        row_index = torch.arange(rows, device=device) if rows_here is None else rows_here
+        mark((numbers, (1,)), (row_index, (0,)), *((part, (0, 1, 2)) for part in grids.values()))
+        return grids, numbers, row_index, torch.full((1,), inputs.start, dtype=torch.int64, device=device)
 
     def _placed(self, value: Tensor, row_index: Tensor | None) -> Tensor:
         """Sums as the engine adds them up: of rows those of all rows."""

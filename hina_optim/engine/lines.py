@@ -27,15 +27,14 @@ from hina_optim.engine.compiled import (
     Stored,
     aside_of,
     commit,
-    dynamic,
     element_wise,
-    graph,
     identity_of,
     index_of,
     narrowed,
     numbers_of,
-    without_numbers,
 )
+from hina_optim.engine.graphs import Segments, graph, mark
+from hina_optim.engine.inputs import Inputs
 from hina_optim.engine.rules import FINITE, Rules, Values
 from hina_optim.techniques.base import Flow, Folded, PeriodicTechnique, Technique
 
@@ -47,7 +46,7 @@ LONGEST = 4096
 SHORTEST = 64
 
 
-class Graphs:
+class Graphs(Segments):
     """The compiled segments of all buckets that follow the same rules.
 
     Args:
@@ -57,54 +56,55 @@ class Graphs:
     """
 
     def __init__(self, rules: Rules, single: tuple[str, ...], scalars: tuple[str, ...]) -> None:
+        super().__init__(len(rules.segments))
         self.rules = rules
         self.single = single
         self.scalars = scalars
-        self._compiled: dict[tuple[int, tuple[str, ...], bool], Callable[..., Values]] = {}
 
     def run(
-        self, i: int, stored: Values, numbers: Tensor, totals: tuple[str, ...], seeds: Tensor | None, start: Tensor
+        self,
+        i: int,
+        stored: Values,
+        numbers: Tensor,
+        totals: Tensor | None,
+        names: tuple[str, ...],
+        seeds: Tensor | None,
+        start: Tensor,
     ) -> Values:
         """Segment ``i``.
 
         Args:
             i: Which.
-            stored: ``[lines, length]`` each; to the graph, a line is rows of as many elements as a vector has.
-            numbers: ``[numbers, lines]``: the learning rate, the number of elements, :attr:`single`, :attr:`scalars`
-                and ``totals``.
-            totals: What totals there are, as ``"<segment>.<technique>.<name>"``.
+            stored: ``[lines, vectors, width]`` each: a line is vectors of :data:`WIDTH` elements, or of one.
+            numbers: ``[numbers, lines]``: the learning rate, the number of elements, :attr:`single`, :attr:`scalars`.
+            totals: ``[totals, lines]``; None where there are none yet.
+            names: What totals there are, as ``"<segment>.<technique>.<name>"``.
             seeds: int32 ``[lines]``, where noise is needed.
             start: int64 ``[lines]``: global flat index of the first element of each.
 
         Returns:
             Sums of lines; of the last segment, the new values of state of one number, ``[lines]``.
         """
-        whole = stored["grad"].shape[1] % WIDTH == 0  # whole vectors: no code for what is left at the end of a line
-        key = i, totals, whole
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(i, totals, True)
-        stored = {name: part.unflatten(1, (-1, WIDTH if whole else 1)) for name, part in stored.items()}
-        for x, dims in ((numbers, (1,)), (seeds, (0,)), (start, (0,)), *((part, (0, 1)) for part in stored.values())):
-            if x is not None:
-                torch._dynamo.maybe_mark_dynamic(x, dims)
-        with dynamic():
-            try:
-                return self._compiled[key](stored, numbers, seeds, start)
-            except RuntimeError as error:
-                without_numbers(error, i, len(self.rules.segments))
-                self._compiled[key] = self._compile(i, totals, False)
-                return self._compiled[key](stored, numbers, seeds, start)
+        mark((totals, (1,)))
+        found: Values = self.call(
+            i,
+            (i, names, stored["grad"].shape[2]),
+            lambda holds: self._compile(i, names, holds),
+            (stored, numbers, totals, seeds, start),
+        )
+        return found
 
-    def _compile(self, i: int, totals: tuple[str, ...], holds: bool) -> Callable[..., Values]:
+    def _compile(self, i: int, names: tuple[str, ...], holds: bool) -> Callable[..., Values]:
         rules, single, known = self.rules, self.single, self.scalars
 
-        def segment(stored: Values, numbers: Tensor, seeds: Tensor | None, start: Tensor) -> Values:
-            names = ("lr", "count", *single, *known, *totals)
-            number = dict(zip(names, numbers.unbind(0), strict=True))
+        def segment(
+            stored: Values, numbers: Tensor, totals: Tensor | None, seeds: Tensor | None, start: Tensor
+        ) -> Values:
+            number = dict(zip(("lr", "count", *single, *known), numbers.unbind(0), strict=True))
             before: list[Values] = [{} for _ in range(i)]
-            for name in totals:
+            for name, total in zip(names, () if totals is None else totals.unbind(0), strict=True):
                 at, label = name.split(".", 1)
-                before[int(at)][label] = number[name]
+                before[int(at)][label] = total
             state = Stored(rules, stored, {name: number[name] for name in single})
             values = {name: stored[name].to(rules.compute) for name in ("grad", "param")}
             flow = Flow(values, state, {}, {name: number[name] for name in ("count", *known)}, rules.info, holds)
@@ -139,37 +139,62 @@ class Lines(Compiled):
         super().__init__(bucket, rules, aside)
         self.graphs = graphs
 
-    def run(
-        self, i: int, stored: Values, scalars: Values, totals: list[Values], start: int, last: bool
-    ) -> Values | None:
+    def run(self, i: int, inputs: Inputs, totals: list[Values], last: bool) -> Values | None:
         """Segment ``i`` of some parameters, or of a part of one; None if their elements make no lines."""
-        grad = stored["grad"]
+        stored, grad = inputs.stored, inputs.stored["grad"]
         n = grad.shape[0]
         length = line_length(n, grad.numel() // max(1, n))
         if not length or not (grad.is_contiguous() and stored["param"].is_contiguous()):
             return None
-        graphs, each = self.graphs, grad.numel() // n // length
+        each = grad.numel() // n // length
+        if not inputs.laid:
+            inputs.laid = self._laid(inputs, n, each, length)
+        lined, numbers, seeds, start = inputs.laid
         names = self.before(totals)
-        own = [stored[name] for name in graphs.single]
-        count = torch.full((), self.bucket.info.numel, dtype=self.rules.compute, device=grad.device)
-        known = [scalars["lr"], count, *own, *(scalars[name] for name in graphs.scalars), *names.values()]
-        numbers = torch.stack([one.to(self.rules.compute).expand(n) for one in known])
-        first = torch.arange(start, start + each * length, length, device=grad.device)
-        # a stack of parameters is no leaf, one parameter is: detached they are alike
-        lined = {name: part.detach().view(-1, length) for name, part in self.like(stored).items()}
-        found = graphs.run(
-            i,
-            lined,
-            numbers.repeat_interleave(each, 1),
-            tuple(names),
-            scalars["seeds"].repeat_interleave(each) if self.noisy else None,
-            first.repeat(n),
-        )
+        found = self.graphs.run(i, lined, numbers, _spread(list(names.values()), each), tuple(names), seeds, start)
         if i + 1 < len(self.rules.segments):
-            return {name: value.view(n, each, *value.shape[1:]).sum(1) for name, value in found.items()}
+            return self._added(found, n, each)
         if last:
             self.finish(stored, totals, {name: value[::each] for name, value in found.items()})
         return {}
+
+    def _laid(self, inputs: Inputs, n: int, each: int, length: int) -> tuple[Any, ...]:
+        """What all segments read: elements and numbers of lines, their seeds, and where they begin."""
+        scalars, graphs, device = inputs.scalars, self.graphs, inputs.stored["grad"].device
+        width = WIDTH if length % WIDTH == 0 else 1  # whole vectors: no code for what is left at the end of a line
+        # a stack of parameters is no leaf, one parameter is: detached they are alike
+        lined = {
+            name: part.detach().view(n * each, length // width, width)
+            for name, part in self.like(inputs.stored).items()
+        }
+        count = torch.full((), self.bucket.info.numel, dtype=self.rules.compute, device=device)
+        known = [scalars["lr"], count, *(inputs.stored[name] for name in graphs.single)]
+        known += [scalars[name] for name in graphs.scalars]
+        numbers = torch.stack([one.to(self.rules.compute).expand(n) for one in known]).repeat_interleave(each, 1)
+        seeds = scalars["seeds"].repeat_interleave(each) if self.noisy else None
+        start = torch.arange(inputs.start, inputs.start + each * length, length, device=device).repeat(n)
+        mark((numbers, (1,)), (seeds, (0,)), (start, (0,)), *((part, (0, 1)) for part in lined.values()))
+        return lined, numbers, seeds, start
+
+    @staticmethod
+    def _added(found: Values, n: int, each: int) -> Values:
+        """Sums of lines, added up for each parameter."""
+        if each == 1:
+            return found
+        plain = [name for name, value in found.items() if value.ndim == 1]
+        added = {name: value.view(n, each, -1).sum(1) for name, value in found.items() if value.ndim > 1}
+        if plain:  # together, in one call
+            sums = torch.stack([found[name] for name in plain]).view(len(plain), n, each).sum(2)
+            added |= dict(zip(plain, sums.unbind(0), strict=True))
+        return added
+
+
+def _spread(totals: list[Tensor], each: int) -> Tensor | None:
+    """Totals ``[N]`` each, for each line: ``[totals, N · each]``."""
+    if not totals:
+        return None
+    stacked = torch.stack(totals)
+    return stacked if each == 1 else stacked.repeat_interleave(each, 1)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hina_optim.engine.bucket import Bucket
-from hina_optim.engine.compiled import Compiled, graph, without_numbers
+from hina_optim.engine.compiled import Compiled
+from hina_optim.engine.graphs import graph, without_numbers
 from hina_optim.engine.grids import BAND, grids_of
+from hina_optim.engine.inputs import Inputs
 from hina_optim.engine.lines import lines_of
 from hina_optim.engine.rules import FINITE, FiniteGuard, Rules, Values, chosen
 from hina_optim.engine.transfers import Pieces
@@ -27,23 +28,6 @@ __all__ = ["FiniteGuard", "Inputs", "Program", "Values"]
 
 #: 1 for rows that are written, 0 for others: ``[N, rows, 1, …]``.
 KEPT = "engine.rows"
-
-
-@dataclass
-class Inputs:
-    """What a segment reads, for one cell (``N`` parameters, or one chunk of one).
-
-    Attributes:
-        stored: ``grad``, ``param`` and every stored part of the state, as stored.
-        scalars: ``lr`` (0-d), ``loss`` (``[N]``), ``seeds`` (int32 ``[N]``), ``index`` (int64 ``[1, …]``, low
-            precisions and measuring only), ``row_index`` and ``column_index`` (int64, where not all rows are here), and
-            ``"<technique>.<name>"`` ``[N]``.
-        start: Global flat index of the first element of each parameter.
-    """
-
-    stored: Values
-    scalars: Values
-    start: int = 0
 
 
 def graphs_of(bucket: Bucket, measuring: frozenset[str]) -> Compiled | None:
@@ -134,7 +118,7 @@ class Program:
         stored, scalars = inputs.stored, inputs.scalars
         if last and i + 1 == len(self.segments):
             lines.settle(stored, scalars, totals[0])
-        sums = lines.run(i, stored, scalars, totals, inputs.start, last)
+        sums = lines.run(i, inputs, totals, last)
         if sums is None:  # too few elements, or in an order of their own: as it would run without a compiler
             if self.needs_index:
                 grad = stored["grad"]
