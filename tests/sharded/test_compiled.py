@@ -9,7 +9,9 @@ from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tests.every_optimizer import make
+from tests.every_optimizer import loss_of, make
+from tests.sharded.cells import TOLERANCE, Pieces
+from tests.sharded.engines import build, gradients, joined
 from tests.sharded.world import run
 
 STEPS = 3
@@ -55,3 +57,51 @@ def test_compiled_shards(name: str) -> None:
         for i, (mine, one, start) in enumerate(zip(found, expected, values(0), strict=True)):
             error = float((mine - one).norm() / (one - start).norm())
             assert error < 1e-9, f"parameter {i} {SHAPES[i]} is off by {error}"
+
+
+#: Without what follows the loss: that makes a graph for every shape, and these are to be made in lines where they can.
+OPTIONS = {"state_precision": "fp32", "use_loss_context": False}
+
+
+def flat(rank: int, engine: str, name: str) -> tuple[Pieces, int]:
+    """Pieces of the weights, and how many graphs were made."""
+    from tests.sharded_state_cases import start  # loads the frameworks
+
+    counters.clear()
+    with torch.compiler.set_stance("default", force_backend="eager"):
+        ran = start(engine, optimizer=name, compile=True, **OPTIONS)
+        ran.step(STEPS)
+    return ran.pieces(), int(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [
+        ("zero3", "AdaptiveHinaAdamW"),
+        *(
+            pytest.param(*place, marks=pytest.mark.sharded)
+            for place in (
+                ("fsdp1", "AdaptiveHinaAdamW"),
+                ("fsdp1", "Automagic_CameAMP"),
+                ("zero1", "AdaptiveHinaAdamW"),
+                ("zero2", "Automagic_CameAMP"),
+            )
+        ),
+    ],
+)
+def test_compiled_flat_partitions(engine: str, name: str) -> None:
+    """Ranges that are cut anywhere, views of an engine's memory, groups that are stepped one by one."""
+    built = build("one")
+    begin = {key: p.detach().clone() for key, p in built.named}
+    eager = make(name, built.named, **OPTIONS)
+    for step in range(STEPS):
+        built.give(gradients(built.shapes, step))
+        eager.report_loss(loss_of(step))
+        eager.step()
+    found = run(flat, 2, engine, name, limit=400.0)
+    assert all(graphs > 0 for _, graphs in found)
+    weights = joined([pieces for pieces, _ in found], built.shapes)
+    for key, p in built.named:
+        error = float((weights[key] - p.detach()).norm() / (p.detach() - begin[key]).norm())
+        assert error < TOLERANCE["fp32"][0], f"{key} is off by {error}"
