@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hina_optim.state.precision import Storage, codec_for
+from hina_optim.state.precision import Storage
+from hina_optim.state.ranges import codec_here
 from hina_optim.state.signs import SignCodec
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _pack_signs(
             have = entry.get(slot.name)
             if not isinstance(have, Tensor) or have.dtype != torch.int8 or tuple(have.shape) != local:
                 continue
-            codec = codec_for(slot, Storage.of(group), member.param.dtype, member.info.shape)
+            codec = codec_here(slot, Storage.of(group), member.param.dtype, member.shard, local)
             if isinstance(codec, SignCodec):
                 entry[slot.name] = codec.encode(have[None], None)[""][0]
 
