@@ -144,3 +144,24 @@ def run_sharded(
         raise real[0]
     joined = [torch.cat([pieces[r][i] for r in range(size)]).reshape(t.shape) for i, (_, t) in enumerate(full)]
     return joined, world
+
+
+def in_threads(size: int, main: Callable[[int], Any]) -> list[Any]:
+    """What ``main`` returns for every rank, each in a thread of its own; the first real error is raised."""
+    found: list[Any] = [None] * size
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            found[rank] = main(rank)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in sorted(errors, key=lambda one: isinstance(one, threading.BrokenBarrierError)):
+        raise error
+    return found

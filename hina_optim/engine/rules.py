@@ -199,8 +199,8 @@ class Rules:
             parts = codec.encode(value, noise)
             if aside is not None and isinstance(codec, RangeCodec):
                 aside |= set_aside(name, codec, value, noise, parts["_scale"])
-            for suffix, part in parts.items():
-                yield name, suffix, part
+            for suffix in codec.parts:
+                yield name, suffix, parts.pop(suffix)
 
 
 def set_aside(name: str, codec: RangeCodec, value: Tensor, noise: Tensor | None, scale: Tensor) -> Values:

@@ -1,0 +1,469 @@
+"""State in 8 bits in flat partitions that are cut anywhere: blocks, codes and scales of one process.
+
+Ranks are threads (:mod:`tests.shards`); real engines are in ``tests/sharded``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hina_optim import HinaAdaptive
+from hina_optim.engine.exhaustion import ExhaustionError
+from hina_optim.engine.layout import Shard
+from hina_optim.engine.optimizer import HinaOptimizer
+from hina_optim.engine.transfers import Transfers
+from hina_optim.state.blockwise import BlockCodec
+from hina_optim.state.codebooks import dynamic_tables
+from hina_optim.state.conversion import converted
+from hina_optim.state.precision import TensorCodec
+from hina_optim.state.ranges import RangeCodec, block_at, covering, cut_blocks, ends, local, span, within
+from hina_optim.state.signs import SignCodec
+from tests.optim_cases import NOTHING
+from tests.shards import ThreadLayout, World, in_threads
+
+LR = 1e-3
+#: Rows that are whole blocks, shorter than one, longer than one; two that share a stack, kernels, a vector; two that are
+#: cut into chunks.
+SHAPES: dict[str, tuple[int, ...]] = {
+    "odd": (7, 300),
+    "odd again": (7, 300),
+    "even": (13, 256),
+    "wide": (5, 1024),
+    "narrow": (40, 33),
+    "kernels": (3, 16, 3, 3),
+    "vector": (37,),
+    "large odd": (30, 1000),
+    "large even": (21, 1024),
+}
+CHUNKS = {"max_buffer_memory_mb": 0.7}
+
+
+# -- codecs ------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def ranges(draw: st.DrawFn) -> tuple[BlockCodec, tuple[int, int], int, int]:
+    """A codec with small blocks, a shape, and a range of it."""
+    codec = BlockCodec(draw(st.booleans()), draw(st.sampled_from([1, 2, 3, 4, 8])), stochastic=draw(st.booleans()))
+    shape = draw(st.integers(1, 5)), draw(st.integers(1, 17))
+    a, b = sorted((draw(st.integers(0, shape[0] * shape[1])), draw(st.integers(0, shape[0] * shape[1]))))
+    return codec, shape, a, b
+
+
+def drawn(codec: BlockCodec, shape: tuple[int, int], n: int = 2) -> tuple[Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(shape[0] * 100 + shape[1])
+    value = torch.randn(n, *shape, generator=generator)
+    noise = torch.randint(0, 1 << 16, value.shape, generator=generator, dtype=torch.int32)
+    return value if codec.signed else value.abs(), noise if codec.stochastic else None
+
+
+@settings(max_examples=400, deadline=None)
+@given(ranges())
+def test_a_range_has_the_blocks_of_the_whole(case: tuple[BlockCodec, tuple[int, int], int, int]) -> None:
+    """Codes and scales are those of the whole parameter, but of blocks that are not all here; those are named."""
+    codec, shape, a, b = case
+    value, noise = drawn(codec, shape)
+    whole = codec.encode(value, noise)
+    block_of = torch.tensor([block_at(shape, codec.block, i) for i in range(shape[0] * shape[1])])
+    here = RangeCodec.of(codec, shape, a, b)
+    first, count = block_at(shape, codec.block, a), here.part_shape("_scale", (b - a,))[0]
+    codes, scales = whole[""].flatten(1)[:, a:b], whole["_scale"].flatten(1)[:, first : first + count]
+    assert torch.equal(here.decode({"": codes, "_scale": scales}), codec.decode(whole).flatten(1)[:, a:b])
+
+    values, noises = value.flatten(1)[:, a:b], None if noise is None else noise.flatten(1)[:, a:b]
+    found = here.encode(values, noises)
+    assert found["_scale"].shape == scales.shape
+    partial = {int(i) for i in block_of[a:b] if int((block_of == i).sum()) > int((block_of[a:b] == i).sum())}
+    assert {edge.scale + first for edge in here.edges} == partial
+    inner = torch.tensor([int(i) not in partial for i in block_of[a:b]], dtype=torch.bool)
+    assert torch.equal(found[""][:, inner], codes[:, inner])
+    whole_blocks = [i for i in range(count) if i + first not in partial]
+    assert torch.equal(found["_scale"][:, whole_blocks], scales[:, whole_blocks])
+    for edge in here.edges:
+        at = slice(edge.begin, edge.end)
+        scale = scales[:, edge.scale : edge.scale + 1]
+        assert bool((found["_scale"][:, edge.scale : edge.scale + 1] <= scale).all()), "of a part of it"
+        again = here.encode_edge(values[:, at], None if noises is None else noises[:, at], scale)
+        assert torch.equal(again, codes[:, at])
+    wide = covering(Shard(shape, a, b), codec.block)
+    assert set(range(wide.start, wide.stop)) == {i for i, x in enumerate(block_of.tolist()) if x in block_of[a:b]}
+
+
+@settings(max_examples=200, deadline=None)
+@given(ranges(), st.integers(1, 40))
+def test_pieces_of_a_range(case: tuple[BlockCodec, tuple[int, int], int, int], most: int) -> None:
+    """Pieces begin with blocks and bytes, and hold what the range holds; signs, too."""
+    codec, shape, a, b = case
+    here = RangeCodec.of(codec, shape, a, b)
+    signs = local(SignCodec(), Shard(shape, a, b), (b - a,))
+    value, noise = drawn(codec, shape)
+    values, noises = value.flatten(1)[:, a:b], None if noise is None else noise.flatten(1)[:, a:b]
+    step = torch.tensor([here.columns, 4]).prod()
+    pieces = [0, *ends(a, b - a, most, (here, signs))]
+    assert pieces[-1] == b - a and all(x < y for x, y in zip(pieces[:-2], pieces[1:-1], strict=True))
+    assert all(y - x <= max(most, int(step), 4096) for x, y in zip(pieces, pieces[1:], strict=False))
+    for one, data in ((here, values), (signs, values.sign())):
+        stored = one.encode(data, noises if one is here else None)
+        for begin, end in zip(pieces, pieces[1:], strict=False):
+            part = within(one, begin, end).encode(
+                data[:, begin:end], None if noises is None or one is signs else noises[:, begin:end]
+            )
+            for suffix, held in part.items():
+                assert torch.equal(held, stored[suffix][:, slice(*span(one, suffix, begin, end))])
+
+
+def test_a_range_against_plain_float64() -> None:
+    """Levels and scales from their definition, element by element."""
+    shape, (a, b), block = (3, 11), (5, 30), 4
+    for signed in (True, False):
+        codec = BlockCodec(signed, block)
+        value, _ = drawn(codec, shape, 1)
+        levels = dynamic_tables(signed).levels.double().tolist()
+        flat = value.flatten().double().tolist()
+        here = RangeCodec.of(codec, shape, a, b)
+        stored = here.encode(value.flatten(1)[:, a:b], None)
+        decoded = here.decode(stored)[0].double().tolist()
+        for i in range(a, b):
+            mine = [j for j in range(a, b) if block_at(shape, block, j) == block_at(shape, block, i)]
+            scale = max(abs(flat[j]) for j in mine)
+            nearest = min((scale * level for level in levels), key=lambda x, want=flat[i]: abs(x - want))
+            assert abs(decoded[i - a] - nearest) < 1e-6 * scale
+
+
+def test_which_blocks_are_cut() -> None:
+    assert cut_blocks((4, 512), 256, ((0, 256), (256, 256), (256, 2048))) == {}
+    assert cut_blocks((4, 512), 256, ((0, 257), (257, 300), (300, 1024), (1024, 2048))) == {1: 0}
+    assert cut_blocks((4, 300), 256, ((0, 300), (300, 556), (556, 700), (700, 1200))) == {4: 0}
+
+
+def test_conversion_of_a_large_range() -> None:
+    """In pieces, from and to blocks that are cut, as in one go."""
+    shape, start, numel = (2300, 1000), 777, 2_200_123
+    shard = Shard(shape, start, start + numel)
+    here = RangeCodec.of(BlockCodec(True), shape, shard.start, shard.stop)
+    plain = TensorCodec(torch.float32)
+    value = torch.randn(1, numel, generator=torch.Generator().manual_seed(0))
+    stored = converted(plain, here, {"": value}, (numel,), start)
+    assert all(torch.equal(part, here.encode(value, None)[suffix]) for suffix, part in stored.items())
+    assert torch.equal(converted(here, plain, stored, (numel,), start)[""], here.decode(stored))
+    signs = local(SignCodec(), shard, (numel,))
+    packed = converted(plain, signs, {"": value.sign()}, (numel,), start)
+    assert torch.equal(converted(signs, plain, packed, (numel,), start)[""], value.sign())
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+def weights() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) / 8 for name, shape in SHAPES.items()}
+
+
+def gradients(step: int) -> dict[str, Tensor]:
+    noise, drift = torch.Generator().manual_seed(100 + step), torch.Generator().manual_seed(5)
+    return {n: torch.randn(s, generator=noise) + torch.randn(s, generator=drift) for n, s in SHAPES.items()}
+
+
+def even(rank: int, size: int, total: int) -> tuple[int, int]:
+    each = -(-total // size)
+    return min(rank * each, total), min((rank + 1) * each, total)
+
+
+def uneven(rank: int, size: int, total: int) -> tuple[int, int]:
+    """All lies in a few elements of the middle: several ranks within one block, and whole rows beside them."""
+    middle = total // 2
+    cuts = [0, *sorted(min(total, middle + 3 * i * i) for i in range(size - 1)), total]
+    return cuts[rank], cuts[rank + 1]
+
+
+Cut = Callable[[int, int, int], tuple[int, int]]
+
+
+def built(options: dict[str, Any], named: Sequence[tuple[str, nn.Parameter]]) -> HinaOptimizer:
+    given = {**NOTHING, "state_precision": "8bit", "min_8bit_size": 100, **options}
+    return HinaAdaptive(named, lr=LR, **given)  # type: ignore[arg-type]
+
+
+class Rank:
+    """One rank's parameters and optimizer; of a world of one, everything, in its own shape."""
+
+    def __init__(self, world: World | None, rank: int, options: dict[str, Any], cut: Cut = even) -> None:
+        self.named: list[tuple[str, nn.Parameter]] = []
+        self.places: dict[str, tuple[int, int]] = {}
+        layout = None if world is None else ThreadLayout(world, rank)
+        for name, value in weights().items():
+            p = nn.Parameter(value.clone())
+            self.places[name] = 0, value.numel()
+            if layout is not None and world is not None:
+                a, b = self.places[name] = cut(rank, world.size, value.numel())
+                p = nn.Parameter(value.reshape(-1)[a:b].clone())
+                layout.shards[p] = Shard(tuple(value.shape), a, b)
+            self.named.append((name, p))
+        self.optimizer = built(options, self.named)
+        if layout is not None:
+            self.optimizer.bind_layout(layout)
+
+    def step(self, step: int, spoil: str = "") -> None:
+        for name, p in self.named:
+            given = gradients(step)[name]
+            if name == spoil:
+                given.reshape(-1)[given.numel() // 2] = torch.nan
+            a, b = self.places[name]
+            p.grad = given.reshape(-1)[a:b].reshape(p.shape).clone()
+        self.optimizer.step()
+
+    def pieces(self) -> dict[str, tuple[int, Tensor]]:
+        """Weights, codes, scales and other state of the parameters' shapes, flat, and where in the whole they begin."""
+        found = {}
+        for name, p in self.named:
+            found[name] = self.places[name][0], p.detach().reshape(-1).clone()
+            bucket = self.optimizer._buckets._of[p]
+            member = next(m for m in bucket.members if m.param is p)
+            for slot in bucket.slots:
+                if slot.shape != "like" or slot.name in bucket.key.zero_anchors:
+                    continue
+                codec, begin = bucket.codecs[slot.name], self.places[name][0]
+                value = bucket.decoded(member, slot.name).reshape(-1)
+                found[f"{name}/{slot.name}"] = begin, value
+                if isinstance(codec, (BlockCodec, RangeCodec)):
+                    found[f"{name}/{slot.name} codes"] = begin, member.state[slot.name].reshape(-1).clone()
+                    first = block_at(SHAPES[name], 256, begin) if value.numel() else 0
+                    found[f"{name}/{slot.name} scales"] = first, member.state[slot.name + "_scale"].reshape(-1).clone()
+        return found
+
+
+def compared(ranks: Sequence[dict[str, tuple[int, Tensor]]], whole: dict[str, tuple[int, Tensor]]) -> int:
+    """Assert that all pieces are those of the whole, to the bit; how many scales there are."""
+    scales = 0
+    for rank, pieces in enumerate(ranks):
+        assert pieces.keys() == whole.keys()
+        for key, (begin, value) in pieces.items():
+            expected = whole[key][1][begin : begin + value.numel()]
+            assert torch.equal(value, expected), f"{key} of rank {rank}"
+            scales += value.numel() if key.endswith("scales") else 0
+    for key, (_, value) in whole.items():
+        assert sum(p[key][1].numel() for p in ranks) >= value.numel(), f"{key}: elements are on no rank"
+    return scales
+
+
+def alone(options: dict[str, Any], life: Callable[[Rank], None]) -> dict[str, tuple[int, Tensor]]:
+    one = Rank(None, 0, options)
+    life(one)
+    return one.pieces()
+
+
+def check(size: int, options: dict[str, Any], life: Callable[[Rank], None], cut: Cut = even) -> World:
+    """A life on ``size`` ranks is that of one process, to the bit: nothing here crosses elements."""
+    world = World(size)
+
+    def main(rank: int) -> dict[str, tuple[int, Tensor]]:
+        one = Rank(world, rank, options, cut)
+        try:
+            life(one)
+            return one.pieces()
+        except BaseException:
+            world.barrier.abort()
+            raise
+
+    found = in_threads(size, main)
+    whole = alone({k: v for k, v in options.items() if k != "compile"}, life)
+    assert compared(found, whole) >= sum(v.numel() for key, (_, v) in whole.items() if key.endswith("scales"))
+    return world
+
+
+def six_steps(one: Rank) -> None:
+    for step in range(6):
+        one.step(step)
+
+
+@pytest.mark.parametrize("options", [{}, CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize("cut", [even, uneven])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_codes_and_scales_are_those_of_one_process(size: int, cut: Cut, options: dict[str, Any]) -> None:
+    """Uneven, empty, inside one row, several in one block; rows that are whole blocks and rows that are not; chunks."""
+    world = check(size, options, six_steps, cut)
+    # one all-reduce of sums a step, one of scales, and one of scales when state is made
+    assert (world.reductions, world.largest) == ((13, 7) if size > 1 else (6, 0))
+
+
+def test_chunks_are_cut_between_blocks() -> None:
+    one = Rank(World(1), 0, CHUNKS)
+    one.step(0)
+    for name in ("large odd", "large even"):
+        bucket = one.optimizer._buckets._of[dict(one.named)[name]]
+        assert bucket.in_ranges and bucket.numel > 2 * 4096
+    assert ends(0, 30_000, 4375, one.optimizer._buckets._of[dict(one.named)["large odd"]].codecs.values()) == [
+        *range(4000, 30_000, 4000),
+        30_000,
+    ]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_gradient_that_is_not_finite_leaves_every_bit(size: int) -> None:
+    """Also of blocks that are on several ranks, while others go on."""
+
+    def life(one: Rank) -> None:
+        for step in range(4):
+            before = one.pieces() if step == 2 else {}
+            one.step(step, spoil="odd again" if step == 2 else "")
+            for key, (_, value) in before.items():
+                same = torch.equal(one.pieces()[key][1], value)
+                assert same or not key.startswith("odd again"), key
+
+    check(size, {}, life)
+
+
+def test_nothing_is_sent_where_no_block_is_cut() -> None:
+    """Partitions that happen to lie between blocks take no more collectives than others do."""
+
+    def between(rank: int, size: int, total: int) -> tuple[int, int]:
+        a, b = even(rank, size, total // 4)
+        return (a * 4, b * 4) if total == 4096 else even(rank, size, total)
+
+    world = World(2)
+
+    def main(rank: int) -> None:
+        layout, value = ThreadLayout(world, rank), torch.ones(8, 512)
+        a, b = between(rank, 2, value.numel())
+        p = nn.Parameter(value.reshape(-1)[a:b].clone())
+        layout.shards[p] = Shard((8, 512), a, b)
+        optimizer = built({}, [("p", p)])
+        optimizer.bind_layout(layout)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    in_threads(2, main)
+    assert (world.reductions, world.largest) == (1, 0)
+
+
+# -- conversions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["together", "by hand", "by hand and saved"])
+@pytest.mark.parametrize("before", ["fp32", "bf16"])
+def test_conversion_in_the_middle_of_a_training(before: str, how: str) -> None:
+    """All ranks hold the scales of one process after it, and the trajectory is that of one process."""
+
+    def life(one: Rank) -> None:
+        for step in range(5):
+            if step in (2, 4):
+                wanted = "8bit" if step == 2 else before
+                if how == "together":
+                    one.optimizer.set_state_precision(wanted)
+                    if step == 2:
+                        kept.append(one.pieces())
+                else:
+                    one.optimizer.param_groups[0]["state_precision"] = wanted
+                    if how.endswith("saved") and one.places["odd"][0] == 0:  # one rank alone
+                        one.optimizer.state_dict()
+            one.step(step)
+            if step == 3:
+                kept.append(one.pieces())
+
+    kept: list[dict[str, tuple[int, Tensor]]] = []
+    check(3, {"state_precision": before}, life)
+    (expected, *pieces) = [kept[-1], *kept[:-1]] if how != "together" else [kept[-1], *kept[1:-2:2], kept[-3]][:1]
+    compared([one for one in pieces if one.keys() == expected.keys()] or [expected], expected)
+
+
+def test_second_moments_that_are_made_of_means() -> None:
+    """Whole again out of rows and columns: blocks that are cut are encoded whole on every rank that has a part."""
+    world = World(3)
+    options = {"factored_second_moment": True, "use_adopt_stability": False}
+
+    def main(rank: int) -> dict[str, tuple[int, Tensor]]:
+        one = Rank(world, rank, options)
+        for step in range(2):
+            one.step(step)
+        one.optimizer.change_options([{"factored_second_moment": False}])
+        return one.pieces()
+
+    found = in_threads(3, main)
+    of_one = Rank(None, 0, options)
+    for step in range(2):
+        of_one.step(step)
+    of_one.optimizer.change_options([{"factored_second_moment": False}])
+    whole = of_one.pieces()
+    for pieces in found:
+        for key, (begin, value) in pieces.items():
+            if key.endswith("exp_avg_sq scales"):
+                expected = whole[key][1][begin : begin + value.numel()]
+                torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+    for key in (key for key in whole if key.endswith("exp_avg_sq scales")):
+        of = {}
+        for pieces in found:
+            begin, value = pieces[key]
+            for i, scale in enumerate(value.tolist()):
+                assert of.setdefault(begin + i, scale) == scale, f"{key}: ranks differ"
+
+
+# -- homes, graphs, memory ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, CHUNKS], ids=["whole", "chunks"])
+def test_state_in_host_memory(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Transfers, "COPY_ALWAYS", True)
+    check(3, {**options, "state_device": "cpu"}, six_steps)
+
+
+def test_no_memory_for_what_is_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried once more; where that fails, weights and state belong together, with scales of this rank alone."""
+    from hina_optim.engine import scales
+
+    real, failing = scales._again, [0]
+
+    def again(*given: Any) -> Any:
+        if failing[0]:
+            failing[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate some.")
+        return real(*given)
+
+    monkeypatch.setattr(scales, "_again", again)
+    failing[0] = 1
+
+    def life(one: Rank) -> None:
+        for step in range(3):
+            one.step(step)
+
+    check(2, {}, life)
+    assert failing[0] == 0, "nothing was encoded again"
+
+    world, ran = World(2), []
+
+    def main(rank: int) -> None:
+        one = Rank(world, rank, {})
+        one.step(0)
+        world.barrier.wait()
+        if rank == 0:
+            failing[0] = 4  # both ranks, twice
+        world.barrier.wait()
+        before = copy.deepcopy([p.detach() for _, p in one.named])
+        with pytest.raises(ExhaustionError, match="9 of 9 parameters were updated"):
+            one.step(1)
+        ran.append((one, before))
+
+    in_threads(2, main)
+    for one, before in ran:
+        for (name, p), old in zip(one.named, before, strict=True):
+            assert p.numel() == 0 or not torch.equal(p, old), name
+            assert int(one.optimizer.state[p]["step"]) == 2
+    whole = Rank(None, 0, {})
+    for step in range(2):
+        whole.step(step)
+    expected = whole.pieces()
+    for one, _ in ran:
+        for key, (begin, value) in one.pieces().items():
+            if key.endswith(("codes", "scales")):
+                continue
+            there = expected[key][1][begin : begin + value.numel()]
+            assert float((value - there).abs().max() if value.numel() else 0.0) <= 0.04 * float(
+                expected[key][1].abs().max()
+            ), key
