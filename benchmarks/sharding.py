@@ -131,7 +131,7 @@ MODELS |= {f"{name} LoRA": adapted(shapes) for name, shapes in list(MODELS.items
 
 
 def cut(shapes: Shapes, engine: str, ranks: int) -> Iterator[tuple[str, tuple[int, ...], Shard, Ranges]]:
-    """Name, local shape and shard of every parameter on the first rank, and its flat ranges on all, if there are any."""
+    """Name, local shape and shard of every parameter on the first rank; its ranges on all where it is laid flat."""
     kind = {"fsdp2": "fsdp", "hsdp": "fsdp"}.get(engine, engine)
     every = list(shapes.values())
     flat = kind.startswith("zero")
