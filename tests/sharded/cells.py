@@ -201,7 +201,7 @@ def train_flat(engine: str, name: str, kind: str) -> tuple[Pieces, Pieces, dict[
     """The same on an engine that lays parameters flat: pieces of the weights, and of the state."""
     from tests.sharded_state_cases import name_of, start  # loads the frameworks
 
-    ran = start(engine, optimizer=name, **KINDS[kind][1])
+    ran = start(engine, optimizer=functools.partial(made, name, kind=kind))
     ran.step(STEPS)
     return ran.pieces(), decoded(ran.optimizer, {name_of(m): m for m in ran.members()}), {}
 
