@@ -41,7 +41,7 @@ class Costs:
         sums: All-reduces of sums in an ordinary step (and of the scales of blocks that are cut), and their bytes.
         gathers: All-reduces that put complete matrices together, and their bytes.
         agreements: All-reduces on the host, and their bytes.
-        state_bytes: Of the rank that holds most.
+        state_bytes: Of this rank.
     """
 
     sums: tuple[int, int]
@@ -130,15 +130,17 @@ MODELS = {"7B": transformer(4096, 11008, 32, 4096), "70B": transformer(8192, 286
 MODELS |= {f"{name} LoRA": adapted(shapes) for name, shapes in list(MODELS.items())}
 
 
-def cut(shapes: Shapes, engine: str, ranks: int) -> Iterator[tuple[str, tuple[int, ...], Shard, Ranges]]:
-    """Name, local shape and shard of every parameter on the first rank; its ranges on all where it is laid flat."""
+def cut(shapes: Shapes, engine: str, ranks: int, rank: int = 0) -> Iterator[tuple[str, tuple[int, ...], Shard, Ranges]]:
+    """Name, local shape and shard of every parameter on a rank; its ranges on all where it is laid flat."""
     kind = {"fsdp2": "fsdp", "hsdp": "fsdp"}.get(engine, engine)
     every = list(shapes.values())
     flat = kind.startswith("zero")
-    parts = [local_parts(every, [0] * len(every), kind, ranks, rank) for rank in range(ranks if flat else 1)]
+    whose = list(range(ranks)) if flat else [rank]
+    parts = [local_parts(every, [0] * len(every), kind, ranks, one) for one in whose]
     for (name, shape), *held in zip(shapes.items(), *parts, strict=True):
         ranges = tuple((one.start, one.start + torch.Size(one.shape).numel()) for one in held)
-        yield name, held[0].shape, Shard(shape, *ranges[0]), ranges if flat else ()
+        at = whose.index(rank)
+        yield name, held[at].shape, Shard(shape, *ranges[at]), ranges if flat else ()
 
 
 def unbudgeted(optimizer: str) -> dict[str, Any]:
@@ -148,7 +150,13 @@ def unbudgeted(optimizer: str) -> dict[str, Any]:
 
 
 def simulate(
-    shapes: Shapes, engine: str, ranks: int, optimizer: str = "HinaAdaptive", node: int = NODE, **arguments: Any
+    shapes: Shapes,
+    engine: str,
+    ranks: int,
+    optimizer: str = "HinaAdaptive",
+    node: int = NODE,
+    rank: int = 0,
+    **arguments: Any,
 ) -> Costs:
     """The costs of one ordinary step (nothing measures in it) of one rank.
 
@@ -158,11 +166,12 @@ def simulate(
         ranks: How many there are.
         optimizer: Its name.
         node: Under ``"hsdp"``, the ranks that cut the parameters; the others replicate.
+        rank: Whose state; the first one has most, but for a few scales of 8-bit blocks that are cut.
         arguments: Of the optimizer.
     """
     named, shards, ranges = [], {}, {}
     among = min(node, ranks) if engine == "hsdp" else ranks
-    for name, local, shard, everywhere in cut(shapes, engine, among):
+    for name, local, shard, everywhere in cut(shapes, engine, among, rank):
         p = nn.Parameter(torch.empty(local, dtype=torch.float32, device="meta"))
         named.append((name, p))
         shards[p], ranges[p] = shard, everywhere

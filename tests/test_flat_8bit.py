@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from hina_optim import HinaAdaptive
 from hina_optim.engine.exhaustion import ExhaustionError
@@ -460,3 +462,110 @@ def test_no_memory_for_what_is_encoded_again(monkeypatch: pytest.MonkeyPatch) ->
             assert float((value - there).abs().max() if value.numel() else 0.0) <= 0.04 * float(
                 expected[key][1].abs().max()
             ), key
+
+
+class Lonely(ThreadLayout):
+    """One rank that is told of others, which never send anything: its parts of blocks are all there is."""
+
+    def __init__(self) -> None:
+        super().__init__(World(1), 0)
+
+    def ranges(self, param: Tensor) -> tuple[tuple[int, int], ...]:
+        shard = self.shards[param]
+        total = int(torch.Size(shard.shape).numel())
+        return (0, shard.start), (shard.start, shard.stop), (shard.stop, total)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, CHUNKS], ids=["whole", "chunks"])
+def test_compiled_as_eager(options: dict[str, Any]) -> None:
+    """Graphs by shape, traced in full: ends of blocks, ends of rows, whole rows, and what is set aside."""
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        layout, named = Lonely(), []
+        for name in ("odd", "odd again", "narrow", "large odd", "large even"):
+            value = weights()[name]
+            a, b = value.numel() // 7 + 1, value.numel() * 5 // 6
+            p = nn.Parameter(value.reshape(-1)[a:b].clone())
+            layout.shards[p] = Shard(tuple(value.shape), a, b)
+            named.append((name, p))
+        optimizer = built({**options, "compile": compiled}, named)
+        optimizer.bind_layout(layout)
+        with torch.compiler.set_stance("default", force_backend="eager"):
+            for step in range(3):
+                for name, p in named:
+                    shard = layout.shards[p]
+                    p.grad = gradients(step)[name].reshape(-1)[shard.start : shard.stop].clone()
+                optimizer.step()
+        assert (counters["stats"]["unique_graphs"] > 0) == compiled
+        assert any(bucket.cut_blocks("exp_avg") for bucket in set(optimizer._buckets._of.values()))
+        found.append(
+            {f"{n}.{k}": v.clone() for n, p in named for k, v in {**optimizer.state[p], "p": p.detach()}.items()}
+        )
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-6, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}")
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_decoded_values_still_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier versions saved what a partition had cut in float32: encoded again, it is what one process makes of it."""
+    from hina_lightning import sharded_state
+    from hina_optim.state import portable
+
+    real = portable._Held._form
+
+    def decoded(self: Any, name: str) -> dict[str, Any]:
+        form = dict(real(self, name))
+        coded = {"form": "blocks", "signed": name == "exp_avg", "block": 256, "compute": "float32"}
+        return {**form, "decoded": coded} if name.startswith("exp_avg") else form
+
+    old = Rank(None, 0, {"state_precision": "fp32"})
+    for step in range(2):
+        old.step(step)
+    with monkeypatch.context() as patch:
+        patch.setattr(portable._Held, "_form", decoded)
+        sharded_state.save(tmp_path / "old", old.optimizer)
+    whole = Rank(None, 0, {})
+    sharded_state.load(tmp_path / "old", whole.optimizer)
+
+    def main(rank: int) -> dict[str, tuple[int, Tensor]]:
+        one = Rank(world, rank, {}, uneven)
+        one.optimizer.settle_layout()
+        sharded_state.load(tmp_path / "old", one.optimizer)
+        return one.pieces()
+
+    world = World(3)
+    expected = {key: value for key, value in whole.pieces().items() if "/" in key}
+    compared([{k: v for k, v in pieces.items() if "/" in k} for pieces in in_threads(3, main)], expected)
+
+
+def test_a_state_dict_of_a_rank_comes_back(tmp_path: Path) -> None:
+    """As DeepSpeed keeps it: each rank its own, packed signs and cut blocks included."""
+    world = World(3)
+
+    def main(rank: int) -> None:
+        one = Rank(world, rank, {})
+        for step in range(2):
+            one.step(step)
+        torch.save(one.optimizer.state_dict(), tmp_path / f"{rank}.pt")
+        again = Rank(world, rank, {})
+        with torch.no_grad():
+            for (_, p), (_, q) in zip(one.named, again.named, strict=True):
+                q.copy_(p)
+        again.optimizer.settle_layout()
+        again.optimizer.load_state_dict(torch.load(tmp_path / f"{rank}.pt", weights_only=True))
+        early = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        early["hina"]["version"] = 1
+        with pytest.raises(ValueError, match="an earlier version, which kept 'exp_avg'"):
+            again.optimizer.load_state_dict(early)
+        for run in (one, again):
+            for step in range(2, 4):
+                run.step(step)
+        for key, (_, value) in one.pieces().items():
+            assert torch.equal(again.pieces()[key][1], value), key
+
+    in_threads(3, main)
