@@ -73,7 +73,7 @@ class Buckets:
             grads = [self._checked_grad(p) for p in params]
         if layout.sharded:
             held = [p for p, grad in zip(params, grads, strict=True) if grad is not None or not layout.local(p).numel()]
-            loose = any(bucket.loose for bucket in self._of.values())
+            loose = any(self._of[p].loose for p in params if p in self._of)
             agreement.needs(loose or self._unhoused(held), not opt.state)
         with_grad = agreement.stepping(params, grads)
         self.ensure_together(with_grad, agreement)

@@ -178,8 +178,9 @@ def agree_on_state(buckets: Buckets, agreement: Agreement) -> bool:
                 writes += _again_stored(state[name], state[name + "_scale"], codec, edges, values)
         for home, value in writes:
             home.copy_(value)
-        for bucket in set(buckets._of.values()):
-            bucket.loose = {}
+        for member, *_ in every:
+            if member.param in buckets._of:
+                buckets._of[member.param].loose = {}
     return True
 
 
