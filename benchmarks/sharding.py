@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from hina_optim import create_optimizer, get_optimizer_info
 from hina_optim.engine.layout import Layout, Shard
-from hina_optim.memory.shards import local_shapes
+from hina_optim.memory.shards import local_parts
 
 Shapes = dict[str, tuple[int, ...]]
+Ranges = tuple[tuple[int, int], ...]
 #: Ranks that share a node, for hybrid sharding.
 NODE = 8
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero3")
@@ -37,10 +38,10 @@ class Costs:
     """Of one rank.
 
     Attributes:
-        sums: All-reduces of sums in an ordinary step, and their bytes.
+        sums: All-reduces of sums in an ordinary step (and of the scales of blocks that are cut), and their bytes.
         gathers: All-reduces that put complete matrices together, and their bytes.
         agreements: All-reduces on the host, and their bytes.
-        state_bytes: Of the rank that holds most.
+        state_bytes: Of this rank.
     """
 
     sums: tuple[int, int]
@@ -54,8 +55,11 @@ class Simulated(Layout):
 
     sharded = True
 
-    def __init__(self, shards: Mapping[Tensor, Shard], zero: Sequence[bool], dimensions: int) -> None:
+    def __init__(
+        self, shards: Mapping[Tensor, Shard], ranges: Mapping[Tensor, Ranges], zero: Sequence[bool], dimensions: int
+    ) -> None:
         self._shards = shards
+        self._ranges = ranges
         # what is asked when state is made: whether there is an error, and whether each parameter is not zero
         self._some = torch.tensor([0.0, *(float(not z) for z in zero)])
         self._dimensions = dimensions  # of the mesh: an agreement goes over each
@@ -73,6 +77,14 @@ class Simulated(Layout):
     def shard(self, param: Tensor) -> Shard:
         """As it was told."""
         return self._shards[param]
+
+    def pattern(self, param: Tensor) -> Hashable:
+        """Where it lies on all ranks."""
+        return self.ranges(param)
+
+    def ranges(self, param: Tensor) -> Ranges:
+        """As it was told."""
+        return self._ranges[param]
 
     def reduce(self, parts: Sequence[tuple[Tensor, Tensor]], largest: bool = False) -> list[Tensor]:
         """Count."""
@@ -118,12 +130,17 @@ MODELS = {"7B": transformer(4096, 11008, 32, 4096), "70B": transformer(8192, 286
 MODELS |= {f"{name} LoRA": adapted(shapes) for name, shapes in list(MODELS.items())}
 
 
-def cut(shapes: Shapes, engine: str, ranks: int) -> Iterator[tuple[str, tuple[int, ...], Shard]]:
-    """Name, local shape and shard of every parameter on the first rank, which holds most."""
+def cut(shapes: Shapes, engine: str, ranks: int, rank: int = 0) -> Iterator[tuple[str, tuple[int, ...], Shard, Ranges]]:
+    """Name, local shape and shard of every parameter on a rank; its ranges on all where it is laid flat."""
     kind = {"fsdp2": "fsdp", "hsdp": "fsdp"}.get(engine, engine)
     every = list(shapes.values())
-    for (name, shape), local in zip(shapes.items(), local_shapes(every, [0] * len(every), kind, ranks, 0), strict=True):
-        yield name, local, Shard(shape, 0, int(torch.Size(local).numel()))
+    flat = kind.startswith("zero")
+    whose = list(range(ranks)) if flat else [rank]
+    parts = [local_parts(every, [0] * len(every), kind, ranks, one) for one in whose]
+    for (name, shape), *held in zip(shapes.items(), *parts, strict=True):
+        ranges = tuple((one.start, one.start + torch.Size(one.shape).numel()) for one in held)
+        at = whose.index(rank)
+        yield name, held[at].shape, Shard(shape, *ranges[at]), ranges if flat else ()
 
 
 def unbudgeted(optimizer: str) -> dict[str, Any]:
@@ -133,7 +150,13 @@ def unbudgeted(optimizer: str) -> dict[str, Any]:
 
 
 def simulate(
-    shapes: Shapes, engine: str, ranks: int, optimizer: str = "HinaAdaptive", node: int = NODE, **arguments: Any
+    shapes: Shapes,
+    engine: str,
+    ranks: int,
+    optimizer: str = "HinaAdaptive",
+    node: int = NODE,
+    rank: int = 0,
+    **arguments: Any,
 ) -> Costs:
     """The costs of one ordinary step (nothing measures in it) of one rank.
 
@@ -143,20 +166,21 @@ def simulate(
         ranks: How many there are.
         optimizer: Its name.
         node: Under ``"hsdp"``, the ranks that cut the parameters; the others replicate.
+        rank: Whose state; the first one has most, but for a few scales of 8-bit blocks that are cut.
         arguments: Of the optimizer.
     """
-    named, shards = [], {}
+    named, shards, ranges = [], {}, {}
     among = min(node, ranks) if engine == "hsdp" else ranks
-    for name, local, shard in cut(shapes, engine, among):
+    for name, local, shard, everywhere in cut(shapes, engine, among, rank):
         p = nn.Parameter(torch.empty(local, dtype=torch.float32, device="meta"))
         named.append((name, p))
-        shards[p] = shard
+        shards[p], ranges[p] = shard, everywhere
     # in one piece: chunks are added up before anything is sent, and nothing here takes memory
     built: Any = create_optimizer(
         optimizer, named, lr=1e-4, **{"max_buffer_memory_mb": 10**9, **unbudgeted(optimizer), **arguments}
     )
     zero = ["lora_B" in name for name, _ in named]  # as adapters begin
-    layout = Simulated(shards, zero, 2 if among < ranks else 1)
+    layout = Simulated(shards, ranges, zero, 2 if among < ranks else 1)
     layout.clear()
     if engine != "ddp" and ranks > 1:
         built.bind_layout(layout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def name_of(member: Any) -> str:
 def start(
     engine: str,
     kind: str = "fp32",
-    optimizer: str = "HinaAdaptive",
+    optimizer: str | Callable[[Any], HinaOptimizer] = "HinaAdaptive",
     initial: Complete | None = None,
     deepspeed: dict[str, Any] | None = None,
     **options: Any,
@@ -137,29 +137,33 @@ def start(
     Args:
         engine: One of :data:`EVERYWHERE`.
         kind: Of state.
-        optimizer: A name.
+        optimizer: A name, or what makes one of named parameters.
         initial: Weights to begin with, for an engine of :data:`FLAT`; None: those of all tests.
         deepspeed: More of its configuration.
         options: Of the optimizer.
     """
     options = {**KINDS[kind], **options}
+
+    def making(named: Any) -> HinaOptimizer:
+        return make(optimizer, named, **options) if isinstance(optimizer, str) else optimizer(named)
+
     if engine not in FLAT:
         spread = "one" if engine == "ddp" and not torch.distributed.is_initialized() else engine
         built = engines.build(spread)
         named = list(built.model.named_parameters())  # with what wrappers add to the names
-        return Run(make(optimizer, named, **options), built, built.shapes)
+        return Run(making(named), built, built.shapes)
     from hina_lightning.sharding import bind
 
     model = engines.Model()
     engines.initialize(model, engines.weights if initial is None else lambda _, name, p: initial[name])
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if engine.startswith("zero"):
-        made = make(optimizer, list(model.named_parameters()), **options)
+        made = making(list(model.named_parameters()))
         told = {"train_batch_size": torch.distributed.get_world_size(), **(deepspeed or {})}
         keep = initialized(model, made, int(engine[-1]), **told)
     else:
         keep = wrapped(model, "FULL_SHARD", engine == "fsdp1", inner=("embed", "up", "conv"))
-        made = make(optimizer, list(keep.named_parameters()), **options)
+        made = making(list(keep.named_parameters()))
     bind(made, keep)
     return Run(made, keep, shapes)
 

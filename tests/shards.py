@@ -6,7 +6,7 @@ A layout that the engine cannot tell from a real one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class World:
         self.reductions = 0
         self.gathers = 0
         self.agreements = 0
+        self.largest = 0
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         self.slots[rank] = value
@@ -43,6 +44,19 @@ class ThreadLayout(Layout):
         self.world = world
         self.rank = rank
         self.shards: dict[Tensor, Shard] = {}
+        self.everywhere: dict[Tensor, tuple[tuple[int, int], ...]] = {}
+
+    def settle(self, params: Sequence[Tensor]) -> None:
+        """Called by all ranks, with the same parameters in the same order."""
+        mine = [(self.shards[p].start, self.shards[p].stop) for p in params]
+        everyone = self.world.exchange(self.rank, mine)
+        self.everywhere = dict(zip(params, zip(*everyone, strict=True), strict=True))
+
+    def pattern(self, param: Tensor) -> Hashable:
+        return self.everywhere[param]
+
+    def ranges(self, param: Tensor) -> tuple[tuple[int, int], ...]:
+        return self.everywhere[param]
 
     def shard(self, param: Tensor) -> Shard:
         return self.shards[param]
@@ -54,6 +68,7 @@ class ThreadLayout(Layout):
     def reduce(self, parts: Sequence[tuple[Tensor, Tensor]], largest: bool = False) -> list[Tensor]:
         if self.rank == 0:
             self.world.reductions += 1
+            self.world.largest += largest
         packed = self.sum(torch.cat([value.reshape(-1) for _, value in parts]), largest)
         split = packed.split([value.numel() for _, value in parts])
         return [x.reshape(value.shape) for x, (_, value) in zip(split, parts, strict=True)]
@@ -129,3 +144,24 @@ def run_sharded(
         raise real[0]
     joined = [torch.cat([pieces[r][i] for r in range(size)]).reshape(t.shape) for i, (_, t) in enumerate(full)]
     return joined, world
+
+
+def in_threads(size: int, main: Callable[[int], Any]) -> list[Any]:
+    """What ``main`` returns for every rank, each in a thread of its own; the first real error is raised."""
+    found: list[Any] = [None] * size
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            found[rank] = main(rank)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in sorted(errors, key=lambda one: isinstance(one, threading.BrokenBarrierError)):
+        raise error
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import threading
 from pathlib import Path
@@ -23,7 +24,7 @@ from hina_optim.reference.hina_adaptive import ReferenceHinaAdaptive
 from tests.every_optimizer import LR, NAMES, OPTIONS, give_large, large, make
 from tests.optim_cases import NOTHING
 from tests.processes import on_ranks
-from tests.shards import ThreadLayout, World, cut, piece_of
+from tests.shards import ThreadLayout, World, cut, piece_of, run_sharded
 from tests.test_ladder import TINY, Named, go_on
 from tests.test_out_of_memory import Scarce, places
 
@@ -219,6 +220,31 @@ def test_one_rank_alone_must_not_convert() -> None:
     optimizer.step()
     optimizer.change_options([{"factored_second_moment": True}])
     assert set(optimizer.state[p]) >= MEANS
+
+
+@pytest.mark.parametrize("by_rows", [True, False, None], ids=["rows", "flat", "chunks"])
+def test_without_adopt_in_pieces(by_rows: bool | None) -> None:
+    """Sums over rows and columns of a large matrix in chunks, and of shards, are those of the whole."""
+    options: dict[str, Any] = {**NOTHING, "lr": LR, "factored_second_moment": True}
+    full = [("p", torch.randn(300, 1000, generator=torch.Generator().manual_seed(0)))]
+
+    def gradients(step: int) -> list[Tensor]:
+        return [torch.randn(300, 1000, generator=torch.Generator().manual_seed(step + 1))]
+
+    def alone(megabytes: float) -> Tensor:
+        p = nn.Parameter(full[0][1].clone())
+        optimizer = HinaAdaptive([("p", p)], **options, max_buffer_memory_mb=megabytes)
+        for step in range(3):
+            p.grad = gradients(step)[0]
+            optimizer.step()
+        return p.detach()
+
+    if by_rows is None:
+        mine = alone(5)
+    else:
+        build = functools.partial(HinaAdaptive, **options)
+        (mine,), _ = run_sharded(full, gradients, build, size=3, steps=3, by_rows=by_rows)
+    torch.testing.assert_close(mine, alone(500), rtol=1e-5, atol=1e-7)
 
 
 # -- the ladder --------------------------------------------------------------------------------------------------------

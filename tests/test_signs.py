@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -107,6 +107,8 @@ def test_converted_in_pieces(shape: tuple[int, ...]) -> None:
 
 class _Alone(TensorCodec):
     """A byte for every sign."""
+
+    lead: ClassVar[int] = 0
 
     def __init__(self, compute: torch.dtype = torch.float32) -> None:
         super().__init__(torch.int8, compute)

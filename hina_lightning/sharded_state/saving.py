@@ -42,7 +42,7 @@ def save(
     All ranks call it, between two steps. The folder must be one that all of them see. A checkpoint that is there
     already stays what it is until the new one is complete; then the new one takes its place.
 
-    Needs memory for one chunk (64 MB) on the host, and for one tensor in float32 where 8-bit state is saved decoded.
+    Needs memory for one chunk (64 MB) on the host, and a byte an element of one tensor for signs that share bytes.
 
     Args:
         path: The folder; made if need be. Only files whose names begin with ``hina_state`` are touched.

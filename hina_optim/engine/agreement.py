@@ -170,9 +170,11 @@ class Agreement:
                 "checkpoint on all of them. No weight has changed."
             )
 
-    def sound(self) -> None:
-        """Raise on all ranks what went wrong on any."""
-        if self._layout.sharded:
+    def sound(self, together: bool = True) -> None:
+        """Raise on all ranks what went wrong on any; if they are not ``together``, what went wrong here."""
+        if self._layout.sharded and not together:
+            self._raise(False)
+        elif self._layout.sharded:
             self._raise(bool(self._layout.total(torch.tensor([self._trouble is not None], dtype=torch.int64))))
 
     def _raise(self, anywhere: bool) -> None:

@@ -26,6 +26,7 @@ from hina_optim.engine.inheritance import Heirs, inherits
 from hina_optim.engine.loading import check_loaded, check_state
 from hina_optim.engine.plan import check_recipe
 from hina_optim.engine.program import Program
+from hina_optim.engine.scales import agree_on_state
 from hina_optim.state.precision import Storage
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import ParamInfo, Technique
@@ -72,7 +73,8 @@ class Buckets:
             grads = [self._checked_grad(p) for p in params]
         if layout.sharded:
             held = [p for p, grad in zip(params, grads, strict=True) if grad is not None or not layout.local(p).numel()]
-            agreement.needs(self._unhoused(held), not opt.state)
+            loose = any(self._of[p].loose for p in params if p in self._of)
+            agreement.needs(loose or self._unhoused(held), not opt.state)
         with_grad = agreement.stepping(params, grads)
         self.ensure_together(with_grad, agreement)
         work = list(dict.fromkeys(self._of[p] for p in with_grad))
@@ -115,6 +117,8 @@ class Buckets:
         try:
             with agreement.noting():
                 self.ensure(params, sound=not agreement.needed)
+            if agreement.needed:
+                agree_on_state(self, agreement)
             # where nobody had to, buckets are only formed again because other parameters have gradients: on all ranks
             if agreement.needed or self._formed:
                 buckets = dict.fromkeys(self._of[p] for p in params if p in self._of)
@@ -389,6 +393,11 @@ class Buckets:
             self._check_options()
             self._form_waiting()
 
+    def agree_on_scales(self) -> None:
+        """See that blocks of 8 bits that lie on several ranks have the same scale on all; called by all of them."""
+        agreement = Agreement(self._optimizer)
+        agreement.sound(together=agree_on_state(self, agreement))
+
     def alone(self) -> list[int]:
         """Places, in the order of the groups, of parameters that run alone because they once lacked a gradient.
 
@@ -414,8 +423,11 @@ class Buckets:
         before = [{name: group[name] for name in options if name in group} for group, options in groups]
         for group, options in groups:
             group.update(options)
+        agreement = Agreement(opt)
         try:
-            self._check_options(together=True)
+            with agreement.noting():
+                self._check_options(together=True)
+            agreement.sound(together=agree_on_state(self, agreement))
         except BaseException:
             for (group, options), old in zip(groups, before, strict=True):
                 for name in options.keys() - old.keys():

@@ -17,8 +17,10 @@ from torch import Tensor
 from hina_optim.engine.layout import Layout, Shard
 from hina_optim.engine.transfers import HOST, Transfers
 from hina_optim.state.conversion import converted
-from hina_optim.state.precision import Codec, Storage, codec_for, compute_dtype, decoded
+from hina_optim.state.precision import Codec, Storage, compute_dtype, decoded
+from hina_optim.state.ranges import Edge, RangeCodec, codec_here, cut_blocks, span, within
 from hina_optim.state.regions import fits, neighbors
+from hina_optim.state.signs import SignCodec
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import ParamInfo, Technique
 
@@ -94,7 +96,7 @@ class Bucket:
         self.chain = tuple(chain)
         self.step = key.step
         storage = Storage.of(group)
-        self.codecs: dict[str, Codec] = {s.name: codec_for(s, storage, key.dtype, key.info.shape) for s in self.slots}
+        self.codecs: dict[str, Codec] = {s.name: self._codec(s, storage) for s in self.slots}
         self._check_blocks(self.codecs)
         self.hosted = self._hosted(storage)
         # wrapped to 32 bits: from the 128th group on, a position needs more
@@ -103,6 +105,8 @@ class Bucket:
         #: by what measures and what acts in a step
         self.programs: dict[tuple[frozenset[str], tuple[bool, ...]], Any] = {}
         self.digested: dict[str, int] = {}  # periodic technique → step after which it was refreshed last
+        #: slot → values ``[N, …]`` of blocks that lie on several ranks, which have not agreed on their scales yet
+        self.loose: dict[str, Tensor] = {}
         self._adopt()
 
     def _check_blocks(self, codecs: dict[str, Codec]) -> None:
@@ -118,6 +122,24 @@ class Bucket:
                     f"cuts the blocks of {each} elements in which 8 bits store {name!r}: shard it along "
                     f"dimension 0, in multiples of {each} columns, or give its group state_precision='bf16'."
                 )
+
+    def _codec(self, slot: Slot, storage: Storage) -> Codec:
+        """How what is here of a slot is stored."""
+        return codec_here(slot, storage, self.key.dtype, self.shard, self.key.local_shape)
+
+    def cut_blocks(self, name: str) -> dict[int, int]:
+        """The blocks of a slot that lie on several ranks, on whichever: number in the whole → place among them."""
+        codec = self.codecs[name]
+        if not isinstance(codec, RangeCodec):
+            return {}
+        return cut_blocks(self.shard.shape, codec.blocks.block, self.layout.ranges(self.params[0]))
+
+    @property
+    def in_ranges(self) -> bool:
+        """Whether it is cut into chunks between what shares scales and bytes in a flat range."""
+        return len(self.key.local_shape) == 1 and any(
+            isinstance(codec, (RangeCodec, SignCodec)) for codec in self.codecs.values()
+        )
 
     @property
     def size(self) -> int:
@@ -252,7 +274,7 @@ class Bucket:
     def release(self) -> None:
         """Let go of all tensors: programs and their bucket know each other, and would keep them until Python looks."""
         self.programs.clear()
-        self.storage, self.views, self.members, self.params = {}, [], [], []
+        self.storage, self.views, self.members, self.params, self.loose = {}, [], [], [], {}
 
     def state_bytes(self) -> int:
         """Bytes of stored state, step counters included."""
@@ -269,7 +291,7 @@ class Bucket:
     def stored_as(self, storage: Storage) -> bool:
         """Whether every slot is stored as ``storage`` asks, and where."""
         return self.hosted == self._hosted(storage) and all(
-            self.codecs[s.name] == codec_for(s, storage, self.key.dtype, self.info.shape) for s in self.slots
+            self.codecs[s.name] == self._codec(s, storage) for s in self.slots
         )
 
     def convert(self, storage: Storage, slots: Sequence[Slot]) -> None:
@@ -281,9 +303,7 @@ class Bucket:
         """
         self.transfers.wait()
         known = {slot.name: slot for slot in slots}
-        self._check_blocks(
-            {s.name: codec_for(known.get(s.name, s), storage, self.key.dtype, self.info.shape) for s in self.slots}
-        )
+        self._check_blocks({s.name: self._codec(known.get(s.name, s), storage) for s in self.slots})
         self.slots = tuple(known.get(slot.name, slot) for slot in self.slots)
         self.views = []  # they would keep what is replaced
         self.programs.clear()
@@ -295,13 +315,16 @@ class Bucket:
 
     def _convert_slot(self, slot: Slot, storage: Storage) -> None:
         old = self.codecs[slot.name]
-        new = codec_for(slot, storage, self.key.dtype, self.info.shape)
+        new = self._codec(slot, storage)
         goes = slot.name in self._hosted(storage)
         if slot.name in self.key.zero_anchors or (new == old and goes == (slot.name in self.hosted)):
             return
         encoded = {suffix: self.storage[slot.name + suffix] for suffix in old.parts}
+        loose: Tensor | None = None
         if new != old:
-            encoded = converted(old, new, encoded, slot.local_shape(self.key.local_shape))
+            if isinstance(new, RangeCodec) and new.edges and self.layout.ranges(self.params[0]):
+                loose = torch.cat([self._edge(old, encoded, edge) for edge in new.edges], 1)
+            encoded = converted(old, new, encoded, slot.local_shape(self.key.local_shape), self.shard.start)
         if goes:
             encoded = {suffix: self.transfers.keep(part, self.key.device) for suffix, part in encoded.items()}
         else:
@@ -311,9 +334,18 @@ class Bucket:
             del self.storage[slot.name + suffix]
         self.storage.update({slot.name + suffix: part for suffix, part in encoded.items()})
         self.codecs[slot.name] = new
+        self.loose.pop(slot.name, None)
+        if loose is not None:
+            self.loose[slot.name] = loose
         for i, member in enumerate(self.members):
             for suffix in old.parts:
                 member.state.pop(slot.name + suffix, None)
             for suffix in encoded:
                 part = slot.name + suffix
                 member.state[part] = self._view(member, slot, part, self.storage[part][i])
+
+    def _edge(self, codec: Codec, stored: dict[str, Tensor], edge: Edge) -> Tensor:
+        """Values of a block at an end of a flat range, ``[N, m]``."""
+        at = {suffix: slice(*span(codec, suffix, edge.begin, edge.end)) for suffix in stored}
+        some = {suffix: part[:, at[suffix]].to(self.key.device) for suffix, part in stored.items()}
+        return decoded(within(codec, edge.begin, edge.end), some, (self.size, edge.end - edge.begin))

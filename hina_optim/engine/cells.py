@@ -16,6 +16,8 @@ from hina_optim.engine.layout import Shard
 from hina_optim.engine.lines import line_length
 from hina_optim.engine.program import Inputs, Program, Values
 from hina_optim.engine.transfers import Fetched
+from hina_optim.state.ranges import ends as range_ends
+from hina_optim.state.ranges import span
 from hina_optim.state.rounding import param_seeds
 
 __all__ = [
@@ -51,9 +53,9 @@ CPU_CHUNK = 1 << 17
 class Cell:
     """Parameters ``first … stop-1`` of a bucket; of a single one, optionally only elements ``begin … end-1``.
 
-    A chunk is cut from the flat parameter, or, with ``by_rows``, along its first dimension: the way for techniques and
-    codecs that tell rows apart, and for a parameter whose memory is not contiguous (channels last), which cannot be
-    flattened without a copy.
+    A chunk is cut from the flat parameter (of a flat partition in 8 bits, between its blocks), or, with ``by_rows``,
+    along its first dimension: the way for techniques and codecs that tell rows apart, and for a parameter whose memory
+    is not contiguous (channels last), which cannot be flattened without a copy.
     """
 
     bucket: Bucket
@@ -74,6 +76,11 @@ class Cell:
     fetched: Fetched | None = None
     complete: list[Tensor] | None = None  # gathered ahead, for the next segment
 
+    @property
+    def range(self) -> tuple[int, int] | None:
+        """Its elements in a flat range that is stored in blocks; None where it is no chunk of one."""
+        return (self.begin, self.end) if self.chunked and self.bucket.in_ranges else None
+
     def homes(self, i: int) -> Values:
         """What is worth bringing from host memory before segment ``i``: pieces, where they live."""
         parts = self.bucket.hosted_parts
@@ -93,8 +100,7 @@ class Cell:
                 for suffix in codec.parts:
                     part = slot.name + suffix
                     if part in pieces:
-                        begin, end = (codec.part_shape(suffix, (at,))[0] for at in (self.begin, self.end))
-                        pieces[part] = self._cut(pieces[part], begin, end)
+                        pieces[part] = self._cut(pieces[part], *span(codec, suffix, self.begin, self.end))
         return pieces
 
     def chunk(self, values: Values) -> Values:
@@ -186,6 +192,8 @@ def cut(bucket: Bucket, program: Program, limit: int, loss: Tensor | None, numel
     if odd and not line_length(1, numel - (numel - 1) // limit * limit):
         # elements that make no lines: as few as possible, apart from the others
         ends = [*range(limit, tail, limit), tail, numel]
+    elif bucket.in_ranges:
+        ends = range_ends(bucket.shard.start, numel, limit, bucket.codecs.values())
     else:
         ends = [*range(limit, numel, limit), numel]
     if len(ends) > 1 and not program.needs_whole:

@@ -143,6 +143,10 @@ class FlatLayout(Layout):
 
     def pattern(self, param: Tensor) -> Hashable:
         """The ranges on all ranks."""
+        return self.ranges(param)
+
+    def ranges(self, param: Tensor) -> tuple[tuple[int, int], ...]:
+        """Those of all fragments of the parameter."""
         return self._patterns[self.fragments[param].position]
 
     def reduce(self, parts: Sequence[tuple[Tensor, Tensor]], largest: bool = False) -> list[Tensor]:

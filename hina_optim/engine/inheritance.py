@@ -16,8 +16,10 @@ from hina_optim.engine.agreement import Agreement
 from hina_optim.engine.bucket import Bucket
 from hina_optim.engine.cells import lines
 from hina_optim.engine.transfers import HOST
+from hina_optim.state.blockwise import BlockCodec
 from hina_optim.state.conversion import pieces
 from hina_optim.state.precision import Codec, Storage, codec_for, decoded
+from hina_optim.state.ranges import covering, local
 from hina_optim.state.slot import Slot
 
 if TYPE_CHECKING:
@@ -126,9 +128,9 @@ def _sums(bucket: Bucket, name: str) -> dict[str, Tensor]:
     columns = torch.zeros(n, info.columns, dtype=wide, device=device)
     codec = bucket.codecs[name]
     parts = {suffix: bucket.storage[name + suffix] for suffix in codec.parts}
-    for piece in pieces(n, shape) if bucket.numel else ():
+    for piece in pieces(n, shape, (codec,), bucket.shard.start) if bucket.numel else ():
         some = {suffix: piece.of(codec, suffix, part).to(device) for suffix, part in parts.items()}
-        value = decoded(codec, some, piece.shape).to(wide)
+        value = decoded(piece.codec(codec), some, piece.shape).to(wide)
         at = lines(bucket, *piece.flat)
         row, column = at["row_index"], at.get("column_index")
         if len(shape) > 1:
@@ -156,16 +158,25 @@ def _spread(bucket: Bucket, slot: Slot, codec: Codec, storage: Storage) -> dict[
     }
     rows, columns = found["row"], found["column"]
     rows = rows / rows.mean(1, keepdim=True).clamp(min=SMALLEST)
+    # of blocks that end on another rank all is known here, too: encoded whole, they are the same on both
+    shard, before = bucket.shard, 0
+    if len(shape) == 1 and isinstance(codec, BlockCodec):
+        shard = covering(bucket.shard, codec.block)
+        before, shape = bucket.shard.start - shard.start, (shard.numel,)
+    codec = local(codec, shard, shape)
     fresh = {
         suffix: torch.empty((bucket.size, *codec.part_shape(suffix, shape)), dtype=dtype, device=home)
         for suffix, dtype in codec.parts.items()
     }
-    for piece in pieces(bucket.size, shape) if bucket.numel else ():
-        at = lines(bucket, *piece.flat)
+    for piece in pieces(bucket.size, shape, (codec,), shard.start) if bucket.numel else ():
+        begin, end = piece.flat
+        at = lines(bucket, begin - before, end - before)
         row, column = at["row_index"], at.get("column_index")
         r = rows[piece.batch].index_select(1, row)
         c = columns[piece.batch] if column is None else columns[piece.batch].index_select(1, column)
         value = (r[:, :, None] * c[:, None, :]).reshape(piece.shape) if len(shape) > 1 else r * c
-        for suffix, part in codec.encode(value, None).items():
+        for suffix, part in piece.codec(codec).encode(value, None).items():
             piece.of(codec, suffix, fresh[suffix]).copy_(part)
+    if shard is not bucket.shard:
+        fresh[""] = fresh[""][:, before : before + bucket.numel].clone()
     return {slot.name + suffix: part for suffix, part in fresh.items()}

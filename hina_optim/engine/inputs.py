@@ -20,10 +20,12 @@ class Inputs:
             precisions and measuring only), ``row_index`` and ``column_index`` (int64, where not all rows are here), and
             ``"<technique>.<name>"`` ``[N]``.
         start: Global flat index of the first element of each parameter.
+        chunk: Of a chunk of a flat range that is stored in blocks, its first element there and one past its last.
         laid: What graphs have made of this in an earlier segment; empty before.
     """
 
     stored: Values
     scalars: Values
     start: int = 0
+    chunk: tuple[int, int] | None = None
     laid: tuple[Any, ...] = ()

@@ -64,6 +64,10 @@ class Layout:
         """Equal for parameters whose elements lie alike *on all ranks*: only those may run together."""
         return None
 
+    def ranges(self, param: Tensor) -> tuple[tuple[int, int], ...]:
+        """The flat ranges, ``(start, stop)``, in which it lies on all ranks, where it is cut anywhere; else none."""
+        return ()
+
     def wrap(self, param: Tensor, value: Tensor, shape: Shape | None) -> Tensor:
         """A piece of state as the optimizer's ``state`` holds it.
 

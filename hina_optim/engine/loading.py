@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hina_optim.engine.transfers import HOST
-from hina_optim.state.precision import Storage, codec_for
+from hina_optim.state.precision import Storage
+from hina_optim.state.ranges import codec_here
 from hina_optim.state.slot import Slot
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def check_loaded(
         local = tuple(opt._layout.local(m.param).shape)
         known = {"step", "skipped"}
         for slot in buckets._recipe(group, m.info, m.param.dtype)[1]:
-            codec = codec_for(slot, Storage.of(group), m.param.dtype, m.info.shape)
+            codec = codec_here(slot, Storage.of(group), m.param.dtype, m.shard, local)
             for suffix, dtype in codec.parts.items():
                 part = slot.name + suffix
                 known.add(part)
@@ -89,7 +90,7 @@ def check_state(
     storage, layout = Storage.of(group), opt._layout
     local = tuple(layout.local(m.param).shape)
     for slot in slots:
-        codec = codec_for(slot, storage, m.param.dtype, m.info.shape)
+        codec = codec_here(slot, storage, m.param.dtype, m.shard, local)
         shape = () if slot.name in anchors else slot.local_shape(local)
         for suffix in codec.parts:
             have = m.state.get(slot.name + suffix)

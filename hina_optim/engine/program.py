@@ -7,9 +7,10 @@ tensors it was given.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from hina_optim.engine.graphs import graph, without_numbers
 from hina_optim.engine.grids import BAND, grids_of
 from hina_optim.engine.inputs import Inputs
 from hina_optim.engine.lines import lines_of
-from hina_optim.engine.rules import FINITE, FiniteGuard, Rules, Values, chosen
+from hina_optim.engine.rules import FINITE, FiniteGuard, Rules, Values, chosen, set_aside
 from hina_optim.engine.transfers import Pieces
+from hina_optim.state.ranges import RangeCodec, within
 from hina_optim.techniques.base import ByColumn, ByRow, Flow, Folded, Technique
 
 __all__ = ["FiniteGuard", "Inputs", "Program", "Values"]
@@ -42,7 +44,7 @@ class Program:
         segments: The plan; the guard against non-finite gradients comes first.
         needs_whole: Whether any technique needs complete values: then a parameter is never cut into chunks.
         needs_rows: Whether rows and columns are told apart: then a large matrix is cut between rows.
-        coded_rows: Whether state is stored in blocks within rows.
+        coded_rows: Whether state is stored in blocks within rows, and must be cut between them.
         reads_loss: Whether any technique reads the loss.
         asked: For every segment, what of the state in host memory it (or any, under -1) was seen to use: what is to be
             brought for it the next time.
@@ -62,7 +64,7 @@ class Program:
         self.measuring = measuring
         self.asked: dict[int, frozenset[str]] = {}
         self.needs_whole = any(s.whole is not None for s in self.segments)
-        self.coded_rows = any(codec.by_rows for codec in bucket.codecs.values())
+        self.coded_rows = not bucket.in_ranges and any(codec.by_rows for codec in bucket.codecs.values())
         self.needs_rows = self.coded_rows or any(one.by_rows and one.applies(self.info) for one in acting)
         self.reads_loss = any(one.reads_loss and one.applies(self.info) for one in acting)
         self.needs_index = (
@@ -71,8 +73,11 @@ class Program:
             or any(c.noisy for c in bucket.codecs.values())
             or any(one.needs_index and one.applies(self.info) for one in acting)
         )
+        #: Slots of which some rank has a part of a block only.
+        self.cut_slots = frozenset(slot.name for slot in bucket.slots if bucket.cut_blocks(slot.name))
         self._holds = True
-        self._steps: dict[tuple[int, bool, bool], Callable[..., tuple[Values, Values]]] = {}
+        self._steps: dict[tuple[Any, ...], Callable[..., tuple[Values, Values]]] = {}
+        self._chunks: dict[tuple[int, int] | None, Rules] = {None: self.rules}
 
     def run(
         self, i: int, inputs: Inputs, carry: Values | None, totals: list[Values], whole: Values, last: bool = True
@@ -89,7 +94,9 @@ class Program:
             last: Whether this is the last cell of its parameters: state of fixed shape is written once, by that one.
 
         Returns:
-            Values at its end, and its sums ``{"<technique>.<name>": [N] or [N, size]}``.
+            Values at its end, and its sums ``{"<technique>.<name>": [N] or [N, size]}``. Of the last segment, what has
+            to be encoded again: :func:`~hina_optim.engine.rules.set_aside`, with ``"<slot>.codes"`` and
+            ``"<slot>.scales"``, which are there, and ``"ok"``, ``[N, 1]``.
         """
         if self.lines is not None:
             return {}, self._run_lines(self.lines, i, inputs, totals[:i], last)
@@ -98,14 +105,22 @@ class Program:
             scalars = scalars | {KEPT: self._finite_rows(inputs.stored["param"], totals[0])}
         given = inputs.stored, scalars, carry or {}, totals[:i], whole
         try:
-            return self._step(i, carry is None, last)(*given)
+            return self._step(i, carry is None, last, inputs.chunk)(*given)
         except RuntimeError as error:
             if not self.compiled or not self._holds:
                 raise
             without_numbers(error, i, len(self.segments))
             self._holds = False
             self._steps.clear()
-            return self._step(i, carry is None, last)(*given)
+            return self._step(i, carry is None, last, inputs.chunk)(*given)
+
+    def rules_of(self, chunk: tuple[int, int] | None) -> Rules:
+        """The rules of a chunk: how it is stored depends on where it begins and ends."""
+        if chunk not in self._chunks:
+            codecs = {name: within(codec, *chunk) for name, codec in self.rules.codecs.items()} if chunk else {}
+            known = (one for one in self._chunks.values() if one.codecs == codecs)
+            self._chunks[chunk] = next(known, None) or dataclasses.replace(self.rules, codecs=codecs)
+        return self._chunks[chunk]
 
     def _finite_rows(self, param: Tensor, totals: Values) -> Tensor:
         """For every row whether it is written: with this, all that is written is one loop over rows and columns."""
@@ -124,13 +139,16 @@ class Program:
                 grad = stored["grad"]
                 index = torch.arange(inputs.start, inputs.start + grad[0].numel(), device=grad.device)
                 scalars = scalars | {"index": index.view(1, *grad.shape[1:])}
-            _, sums = self._step(i, True, last)(stored, scalars, {}, totals, {})
+            _, sums = self._step(i, True, last, None)(stored, scalars, {}, totals, {})
         if i == 0 and lines.aside:
             sums |= lines.measure(stored, scalars, inputs.start, self._sum)
         return sums
 
-    def _step(self, i: int, again: bool, last: bool) -> Callable[..., tuple[Values, Values]]:
-        key = (i, again, last or i < len(self.segments) - 1)
+    def _step(
+        self, i: int, again: bool, last: bool, chunk: tuple[int, int] | None
+    ) -> Callable[..., tuple[Values, Values]]:
+        rules = self.rules_of(chunk)
+        key = (i, again, last or i < len(self.segments) - 1, id(rules))
         if key not in self._steps:
             compiled = self.compiled and self.lines is None
             holds = compiled and self._holds
@@ -138,14 +156,13 @@ class Program:
             def phase(
                 stored: Values, scalars: Values, carry: Values, totals: list[Values], whole: Values
             ) -> tuple[Values, Values]:
-                flow = self._flow(stored, scalars, carry if not again else {}, start=again)
+                flow = self._flow(rules, stored, scalars, carry if not again else {}, start=again)
                 flow.holds = holds
                 sums: Values = {}
                 for j in range(0 if again else i, i + 1):
-                    sums = self.rules.run(j, flow, totals, whole, self._sum)
+                    sums = rules.run(j, flow, totals, whole, self._sum)
                 if i == len(self.segments) - 1:
-                    self._commit(flow, stored, scalars, last)
-                    return {}, sums
+                    return self._commit(rules, flow, stored, scalars, last), sums
                 if self.compiled and not self.needs_whole:  # to compute it again costs less than to write it
                     return {}, sums
                 left = {**flow.values, **{f"new.{k}": v for k, v in flow.new.items()}}
@@ -157,12 +174,12 @@ class Program:
             self._steps[key] = graph(phase, name) if compiled else phase
         return self._steps[key]
 
-    def _flow(self, stored: Values, scalars: Values, carry: Values, start: bool) -> Flow:
+    def _flow(self, rules: Rules, stored: Values, scalars: Values, carry: Values, start: bool) -> Flow:
         state = {k[6:]: v for k, v in carry.items() if k.startswith("state.")}
         if isinstance(stored, Pieces):
-            state = States(state, functools.partial(self.rules.decode, stored=stored))
+            state = States(state, functools.partial(rules.decode, stored=stored))
         elif not state:
-            state = {slot.name: self.rules.decode(slot.name, stored) for slot in self.bucket.slots}
+            state = {slot.name: rules.decode(slot.name, stored) for slot in self.bucket.slots}
         values = {k: v for k, v in carry.items() if not k.startswith(("new.", "state."))}
         new = {k[4:]: v for k, v in carry.items() if k.startswith("new.")}
         if start:
@@ -176,7 +193,7 @@ class Program:
             return self._line_sums(value, flow)
         if isinstance(value, Folded):
             flat = value.value.reshape(value.value.shape[0], -1)
-            if self.bucket.shard.slices is not None:
+            if self.bucket.shard.slices is not None or self.bucket.in_ranges:
                 place = flow["index"].reshape(-1) % value.size
                 return flat.new_zeros(flat.shape[0], value.size).index_add_(1, place, flat)
             # chunks begin at multiples of any fold, so only the shard's own beginning shifts the fold
@@ -210,21 +227,26 @@ class Program:
 
     def whole_matrix(self, one: Technique, inputs: Inputs, carry: Values, complete: list[Tensor]) -> Tensor:
         """A technique's result on complete values (eager: FFTs and the like gain nothing from the compiler)."""
-        flow = self._flow(inputs.stored, inputs.scalars, carry, start=False)
+        flow = self._flow(self.rules, inputs.stored, inputs.scalars, carry, start=False)
         return one.whole_matrix(flow, *complete)
 
-    def _commit(self, flow: Flow, stored: Values, scalars: Values, last: bool) -> None:
+    def _commit(self, rules: Rules, flow: Flow, stored: Values, scalars: Values, last: bool) -> Values:
         """Write new weights and state in place; a parameter with a non-finite gradient keeps every bit.
 
         All that is written is computed before anything is: running out of memory changes nothing.
+
+        Returns:
+            What is to be encoded again, see :meth:`run`.
         """
         ok = flow[FINITE]
         old, needed = stored["param"], "index" in scalars
-        written, encoded = self.rules.written(
+        aside: Values = {}
+        written, encoded = rules.written(
             flow,
             scalars["seeds"] if needed else None,
             scalars["index"].to(torch.int32) if needed else None,
             old.dtype,
+            aside if self.cut_slots else None,
         )
         rows = scalars.get(KEPT, ok)
         fixed = {slot.name for slot in self.bucket.slots if slot.shape != "like"}
@@ -240,8 +262,21 @@ class Program:
         writes.append(Write.blend(old, written, rows))
         if last:
             writes.append(Write("add", stored["skipped"], 1 - ok.reshape(-1)))
+        if aside:
+            aside |= self._edges_before(rules, stored, aside) | {"ok": ok.reshape(-1, 1).clone()}
         for write in writes:
             write()
+        return aside
+
+    def _edges_before(self, rules: Rules, stored: Values, aside: Values) -> Values:
+        """What is stored of the blocks that are set aside: of a gradient that is not finite, it stays."""
+        found: Values = {}
+        for name in self.cut_slots:
+            codec = rules.codecs[name]
+            if f"{name}.value" in aside and isinstance(codec, RangeCodec):
+                before = set_aside(name, codec, stored[name], None, stored[name + "_scale"])
+                found |= {f"{name}.codes": before[f"{name}.value"], f"{name}.scales": before[f"{name}.scale"]}
+        return found
 
 
 def _sum_of_rows(grid: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from torch import Tensor
 from hina_optim.engine.bucket import KAHAN, Bucket
 from hina_optim.engine.plan import Segment, plan_segments
 from hina_optim.state.precision import Codec, compute_dtype, decoded
+from hina_optim.state.ranges import RangeCodec
 from hina_optim.state.rounding import element_words, round_stochastic, stream_noise
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import Flow, ParamInfo, PeriodicTechnique, Sums, Technique
 
-__all__ = ["FINITE", "FiniteGuard", "Rules", "Values", "chosen"]
+__all__ = ["FINITE", "FiniteGuard", "Rules", "Values", "chosen", "set_aside"]
 
 Values = dict[str, Tensor]
 
@@ -152,7 +153,12 @@ class Rules:
         return target
 
     def written(
-        self, flow: Flow, seeds: Tensor | None, index: Tensor | None, dtype: torch.dtype
+        self,
+        flow: Flow,
+        seeds: Tensor | None,
+        index: Tensor | None,
+        dtype: torch.dtype,
+        aside: Values | None = None,
     ) -> tuple[Tensor, Iterator[tuple[str, str, Tensor]]]:
         """New weights, and new state, as they are stored.
 
@@ -161,6 +167,8 @@ class Rules:
             seeds: ``[N]``, where noise is needed.
             index: Global flat index of each element (int32, wrapped), where noise is needed.
             dtype: Of the weights.
+            aside: Gets, while the state is iterated, what of it has to be encoded again once all ranks have agreed on a
+                scale: :func:`set_aside`.
 
         Returns:
             The weights, and slot, suffix and value of every part of the state.
@@ -182,14 +190,33 @@ class Rules:
             flow.new[KAHAN.name] = torch.where(moves, wanted - (weights.to(self.compute) - param), lost)
         else:
             weights = target.to(dtype)
-        return weights, self._encoded(flow.new, words)
+        return weights, self._encoded(flow.new, words, aside)
 
-    def _encoded(self, new: Values, words: Tensor | None) -> Iterator[tuple[str, str, Tensor]]:
+    def _encoded(self, new: Values, words: Tensor | None, aside: Values | None) -> Iterator[tuple[str, str, Tensor]]:
         for name, value in new.items():
             codec = self.codecs[name]
             noise = stream_noise(words, self.streams[name]) if words is not None and codec.noisy else None
-            for suffix, part in codec.encode(value, noise).items():
-                yield name, suffix, part
+            parts = codec.encode(value, noise)
+            if aside is not None and isinstance(codec, RangeCodec):
+                aside |= set_aside(name, codec, value, noise, parts["_scale"])
+            for suffix in codec.parts:
+                yield name, suffix, parts.pop(suffix)
+
+
+def set_aside(name: str, codec: RangeCodec, value: Tensor, noise: Tensor | None, scale: Tensor) -> Values:
+    """What is needed of a slot to encode the blocks at the ends of a range again, one behind the other.
+
+    Returns:
+        ``"<slot>.value"`` and ``"<slot>.noise"``, ``[N, elements]``, and ``"<slot>.scale"``, ``[N, blocks]``.
+    """
+
+    def some(of: Tensor, ends: list[tuple[int, int]]) -> Tensor:
+        return torch.cat([of[:, :0], *(of[:, begin:end] for begin, end in ends)], 1)
+
+    elements = [(edge.begin, edge.end) for edge in codec.edges]
+    found = {f"{name}.value": some(value, elements)}
+    found[f"{name}.scale"] = some(scale, [(edge.scale, edge.scale + 1) for edge in codec.edges])
+    return found if noise is None else found | {f"{name}.noise": some(noise, elements)}
 
 
 def chosen(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from hina_optim.engine.cells import (
 from hina_optim.engine.exhaustion import UNCHANGED, ExhaustionError, attempt, give_back, is_out_of_memory
 from hina_optim.engine.layout import Layout
 from hina_optim.engine.program import Inputs, Program, Values
+from hina_optim.engine.scales import agree_on_step
 from hina_optim.engine.transfers import Pieces, Transfers
 from hina_optim.state.precision import compute_dtype
 
@@ -255,7 +256,7 @@ class Runner:
             scalars["index"] = index.reshape(1, *stored["grad"].shape[1:])
         if cell.program.needs_rows:
             scalars |= cell.lines()
-        return Inputs(stored, scalars, bucket.shard.start + cell.begin)
+        return Inputs(stored, scalars, bucket.shard.start + cell.begin, cell.range)
 
     def _with_hosted(self, cell: Cell, i: int, stored: Values) -> Values:
         """Pieces of state with those from the host in the place of where they live."""
@@ -284,6 +285,7 @@ class Runner:
 
     def _domain(self, cells: list[Cell], following: Cell | None) -> None:
         phases = max((len(c.program.segments) for c in cells), default=0)
+        cut: list[tuple[Cell, Values]] = []  # what is encoded again once the ranks agree on the scales of its blocks
         for i in range(phases):
             results: list[tuple[Cell, Values]] = []
             running = [cell for cell in cells if i < len(cell.program.segments)]
@@ -305,6 +307,7 @@ class Runner:
                     inputs, values, sums = self._attempt(run, cell, cells, f"segment {i + 1} of {len(segments)}")
                 if final:
                     self._note(cell)
+                    cut += [(cell, values)] if values else []
                 keep = cell.kept and (not self._short or len(cells) == 1 or cell.program.needs_whole)
                 cell.inputs = inputs if keep and not final else None
                 carries = not cell.program.compiled or cell.program.needs_whole  # other graphs compute values again
@@ -313,6 +316,9 @@ class Runner:
                     results.append((cell, sums))
             if results:
                 self._reduce(results, cells)
+        if cut:
+            again = functools.partial(self._attempt, cell=None, cells=cells, what="blocks that lie on several ranks")
+            agree_on_step(self.layout, self.transfers, cut, again)
         for cell in cells:  # what outlives its use leaves holes in the heap
             cell.totals, cell.whole = [], {}
 

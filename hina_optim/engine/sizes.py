@@ -16,6 +16,8 @@ from torch import Tensor
 
 from hina_optim.engine.cells import CPU_CHUNK, FOLD, GRAIN, KEPT_VALUES, LIVE_VALUES
 from hina_optim.state.precision import Storage, codec_for, compute_dtype
+from hina_optim.state.ranges import codec_here
+from hina_optim.state.shard import Shard
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import ParamInfo, Technique
 
@@ -46,6 +48,7 @@ class Kept:
     Attributes:
         param: The parameter.
         local_shape: Shape of what is here of it.
+        start: Flat index of the first element that is here.
         group: Index of its group.
         options: The group's options.
         info: What the parameter is; its global shape.
@@ -60,6 +63,7 @@ class Kept:
 
     param: Tensor
     local_shape: tuple[int, ...]
+    start: int
     group: int
     options: dict[str, Any]
     info: ParamInfo
@@ -69,18 +73,21 @@ class Kept:
     chain: tuple[Technique, ...]
     slots: tuple[Slot, ...]
     zero: bool
-    known: dict[tuple[int, ...], tuple[Part, ...]] = field(repr=False, compare=False)
+    known: dict[tuple[tuple[int, ...], int], tuple[Part, ...]] = field(repr=False, compare=False)
 
-    def parts(self, local_shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """The stored tensors of a shard of this local shape."""
-        if local_shape not in self.known:
-            self.known[local_shape] = (*self._parts(local_shape), *COUNTERS)
-        return self.known[local_shape]
+    def parts(self, local_shape: tuple[int, ...], start: int = 0) -> tuple[Part, ...]:
+        """The stored tensors of a shard of this local shape; of a flat range, that begins at this element."""
+        start = start if len(local_shape) == 1 < len(self.info.shape) else 0
+        key = local_shape, start
+        if key not in self.known:
+            self.known[key] = (*self._parts(local_shape, start), *COUNTERS)
+        return self.known[key]
 
-    def _parts(self, local_shape: tuple[int, ...]) -> Iterator[Part]:
+    def _parts(self, local_shape: tuple[int, ...], start: int) -> Iterator[Part]:
         storage = Storage.of(self.options)
+        shard = Shard(self.info.shape, start, start + int(torch.Size(local_shape).numel()))
         for slot in self.slots:
-            codec = codec_for(slot, storage, self.dtype, self.info.shape)
+            codec = codec_here(slot, storage, self.dtype, shard, local_shape)
             zero = slot.constant and self.zero and bool(local_shape)
             shape = () if zero else slot.local_shape(local_shape)
             hosted = self.serves and storage.hosts(slot) and not zero
@@ -146,7 +153,7 @@ def kept(
     empty = set(zero)
     recipes: dict[tuple[int, ParamInfo, torch.dtype], tuple[tuple[Technique, ...], tuple[Slot, ...]]] = {}
     transfers = optimizer._transfers
-    known: dict[Any, dict[tuple[int, ...], tuple[Part, ...]]] = {}
+    known: dict[Any, dict[tuple[tuple[int, ...], int], tuple[Part, ...]]] = {}
     found = []
     for g, m in members:
         seen_as = dtype or m.param.dtype
@@ -160,13 +167,14 @@ def kept(
         of_kind = known.setdefault((*kind, home, is_zero), {})
         serves = transfers.serves(home)
         local = tuple(layout.local(m.param).shape)
-        found.append(Kept(m.param, local, g, groups[g], m.info, seen_as, home, serves, chain, slots, is_zero, of_kind))
+        where = local, m.shard.start
+        found.append(Kept(m.param, *where, g, groups[g], m.info, seen_as, home, serves, chain, slots, is_zero, of_kind))
     return found
 
 
 def state_bytes(every: Iterable[Kept], on_device: bool = False) -> int:
     """Bytes of the state of all these parameters as they lie here; with ``on_device`` without what is on the host."""
-    parts = (part for one in every for part in one.parts(one.local_shape))
+    parts = (part for one in every for part in one.parts(one.local_shape, one.start))
     return sum(part.nbytes for part in parts if not (on_device and part.hosted))
 
 

@@ -15,7 +15,7 @@ from hina_optim.engine import sizes
 from hina_optim.memory.account import as_size
 from hina_optim.memory.ladder import LADDER, Change, Rung
 from hina_optim.memory.probes import GIB
-from hina_optim.memory.shards import local_numel, local_shapes
+from hina_optim.memory.shards import Local, local_numel, local_parts
 
 if TYPE_CHECKING:
     from hina_optim.engine.optimizer import HinaOptimizer
@@ -279,25 +279,26 @@ def _planned(
     every = sizes.kept(optimizer, zero=zero, dtype=dtype, device=device)
     shapes = [one.info.shape for one in every]
     offsets = [one.group for one in every]
-    whose = [rank] if rank is not None else _candidates(sharding, world_size)
+    whose = [rank] if rank is not None else _candidates(sharding, world_size, every)
     rank, local = max(
-        ((r, local_shapes(shapes, offsets, sharding, world_size, r)) for r in whose),
+        ((r, local_parts(shapes, offsets, sharding, world_size, r)) for r in whose),
         key=lambda item: _total(every, item[1]),
     )
     whole = [(one.info.shape, one.param.element_size()) for one in every if one.param.requires_grad]
     whole += [(tuple(p.shape), p.element_size()) for p in frozen]
     weights = sum(local_numel(shape, sharding, world_size, rank) * size for shape, size in whole)
     if sharded_here:  # they lie here already as they will
-        local = [one.local_shape for one in every]
+        local = [Local(one.local_shape, one.start) for one in every]
         weights = sum(int(torch.Size(one.local_shape).numel()) * one.param.element_size() for one in every)
-    here = sum(int(torch.Size(shape).numel()) for shape in local)
+    here = sum(int(torch.Size(one.shape).numel()) for one in local)
     gradients = sum(
-        int(torch.Size(one.info.shape if sharding in ("ddp", "zero1") else shape).numel()) * one.param.element_size()
-        for one, shape in zip(every, local, strict=True)
+        int(torch.Size(one.info.shape if sharding in ("ddp", "zero1") else lies.shape).numel())
+        * one.param.element_size()
+        for one, lies in zip(every, local, strict=True)
     )
     master = 4 * here if sharding in _ZERO else 0
     cut = sharded_here or sharding not in ("none", "ddp")
-    temporary = sizes.temporary_bytes(every, local, cut)
+    temporary = sizes.temporary_bytes(every, [one.shape for one in local], cut)
     base = weights + master + gradients
     budget = None if vram_gb is None else int(vram_gb * GIB)
     rungs = _rungs(optimizer, local, base, budget, zero, dtype, device, cut)
@@ -341,23 +342,28 @@ def _zeros(optimizer: HinaOptimizer) -> set[int]:
     )
 
 
-def _candidates(sharding: Sharding, world_size: int) -> list[int]:
-    """Ranks among which the fullest is: the first one where every piece is cut with the largest pieces first."""
-    return list(range(world_size)) if sharding in ("zero1", "zero2") else [0]
+def _candidates(sharding: Sharding, world_size: int, every: Sequence[sizes.Kept]) -> list[int]:
+    """Ranks among which the fullest is: the first one where every piece is cut with the largest pieces first.
+
+    In 8 bits a flat piece that begins within a block has a scale more than the first one.
+    """
+    coded = any(one.options["state_precision"] == "8bit" for one in every)
+    anywhere = sharding in ("zero1", "zero2") or (sharding == "zero3" and coded)
+    return list(range(world_size)) if anywhere else [0]
 
 
-def _total(every: Sequence[sizes.Kept], local: Sequence[tuple[int, ...]], hosted: bool = False) -> int:
+def _total(every: Sequence[sizes.Kept], local: Sequence[Local], hosted: bool = False) -> int:
     """Bytes of all state, or of what is in host memory."""
-    parts = (part for one, shape in zip(every, local, strict=True) for part in one.parts(shape))
+    parts = (part for one, lies in zip(every, local, strict=True) for part in one.parts(*lies))
     return sum(part.nbytes for part in parts if part.hosted or not hosted)
 
 
-def _by_name(every: Sequence[sizes.Kept], local: Sequence[tuple[int, ...]]) -> dict[str, dict[str, int]]:
+def _by_name(every: Sequence[sizes.Kept], local: Sequence[Local]) -> dict[str, dict[str, int]]:
     """State name → dtype → bytes; scales and the like count as what they belong to."""
     counts: dict[str, Counter[str]] = {}
-    for one, shape in zip(every, local, strict=True):
+    for one, lies in zip(every, local, strict=True):
         names = {slot.name for slot in one.slots}
-        for part in one.parts(shape):
+        for part in one.parts(*lies):
             name = next((n for n in (part.name, part.name.rsplit("_", 1)[0]) if n in names), part.name)
             counts.setdefault(name, Counter())[str(part.dtype).removeprefix("torch.")] += part.nbytes
     return {name: dict(kinds) for name, kinds in counts.items()}
@@ -365,7 +371,7 @@ def _by_name(every: Sequence[sizes.Kept], local: Sequence[tuple[int, ...]]) -> d
 
 def _rungs(
     optimizer: HinaOptimizer,
-    local: Sequence[tuple[int, ...]],
+    local: Sequence[Local],
     base: int,
     budget: int | None,
     zero: set[int] | None,
@@ -379,7 +385,7 @@ def _rungs(
     def planned(name: str, cost: str) -> PlannedRung:
         every = sizes.kept(optimizer, groups, zero, dtype, device)
         state, host = _total(every, local), _total(every, local, hosted=True)
-        total = base + state - host + sizes.temporary_bytes(every, local, cut)
+        total = base + state - host + sizes.temporary_bytes(every, [lies.shape for lies in local], cut)
         return PlannedRung(name, state, host, total, None if budget is None else total <= budget, cost)
 
     found = [planned("as built", "")]

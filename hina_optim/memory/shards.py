@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["local_numel", "local_shapes"]
+__all__ = ["Local", "local_numel", "local_parts", "local_shapes"]
 
 Shape = tuple[int, ...]
+
+
+class Local(NamedTuple):
+    """What one rank's optimizer sees of a parameter: a shape, and the flat index of its first element."""
+
+    shape: Shape
+    start: int
 
 
 def local_shapes(
     shapes: Sequence[Shape], groups: Sequence[int], sharding: str, world_size: int, rank: int
 ) -> list[Shape]:
-    """Shapes as one rank's optimizer sees them.
+    """The shapes of :func:`local_parts`."""
+    return [one.shape for one in local_parts(shapes, groups, sharding, world_size, rank)]
+
+
+def local_parts(
+    shapes: Sequence[Shape], groups: Sequence[int], sharding: str, world_size: int, rank: int
+) -> list[Local]:
+    """Parameters as one rank's optimizer sees them.
 
     Args:
         shapes: Of all trained parameters, in order.
@@ -26,7 +41,7 @@ def local_shapes(
         rank: Which of them.
     """
     if sharding in ("none", "ddp"):
-        return list(shapes)
+        return [Local(shape, 0) for shape in shapes]
     if sharding in ("zero1", "zero2"):
         return _flat_partition(shapes, groups, world_size, rank)
     return [_piece(shape, sharding, world_size, rank) for shape in shapes]
@@ -35,34 +50,41 @@ def local_shapes(
 def local_numel(shape: Shape, sharding: str, world_size: int, rank: int) -> int:
     """Elements of one parameter's weights on a rank, for forward and backward."""
     if sharding in ("fsdp", "zero3"):
-        return _numel(_piece(shape, sharding, world_size, rank))
+        return _numel(_piece(shape, sharding, world_size, rank).shape)
     return _numel(shape)
 
 
-def _piece(shape: Shape, sharding: str, world_size: int, rank: int) -> Shape:
-    if sharding == "zero3" or not shape:  # a single number lies on the first rank
-        return (_share(_numel(shape), world_size, rank),) if shape else ((1,) if rank == 0 else (0,))
-    return (_share(shape[0], world_size, rank), *shape[1:])
+def _piece(shape: Shape, sharding: str, world_size: int, rank: int) -> Local:
+    if not shape:  # a single number lies on the first rank
+        return Local((1,) if rank == 0 else (0,), 0)
+    if sharding == "zero3":
+        begin, count = _share(_numel(shape), world_size, rank)
+        return Local((count,), begin)
+    begin, count = _share(shape[0], world_size, rank)
+    return Local((count, *shape[1:]), begin * _numel(shape[1:]))
 
 
-def _share(count: int, world_size: int, rank: int) -> int:
+def _share(count: int, world_size: int, rank: int) -> tuple[int, int]:
+    """Where a rank's share begins, and how much it is."""
     each = -(-count // world_size)
-    return min(each, max(0, count - rank * each))
+    begin = min(rank * each, count)
+    return begin, min(each, count - begin)
 
 
-def _flat_partition(shapes: Sequence[Shape], groups: Sequence[int], world_size: int, rank: int) -> list[Shape]:
+def _flat_partition(shapes: Sequence[Shape], groups: Sequence[int], world_size: int, rank: int) -> list[Local]:
     totals: dict[int, int] = {}
     for shape, group in zip(shapes, groups, strict=True):
         totals[group] = totals.get(group, 0) + _numel(shape)
     align = 2 * world_size
     each = {group: -(-total // align) * 2 for group, total in totals.items()}
     at = dict.fromkeys(totals, 0)
-    found: list[Shape] = []
+    found: list[Local] = []
     for shape, group in zip(shapes, groups, strict=True):
         begin, end = at[group], at[group] + _numel(shape)
         at[group] = end
         first, last = rank * each[group], (rank + 1) * each[group]
-        found.append((max(0, min(end, last) - max(begin, first)),))
+        start, stop = max(begin, first), min(end, last)
+        found.append(Local((max(0, stop - start),), start - begin if start < stop else 0))
     return found
 
 

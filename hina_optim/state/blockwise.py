@@ -2,8 +2,7 @@
 
 All codecs are element-wise but for the scale of a block, and blocks lie inside a row of the matrix view (first
 dimension × all others; a vector is one row): a range of rows is a range of every part. They take ``[N, *shape]`` or
-any range of its rows. Where rows fill whole blocks, and in a vector, they take any flat range ``[N, m]`` that begins
-at a block, too.
+any range of its rows; :class:`~hina_optim.state.ranges.RangeCodec` takes any flat range.
 
 Codes are found by one table look-up (:mod:`hina_optim.state.codebooks`). On one CPU core, encoding takes about 3 ns
 an element (6 ns with noise) and decoding 1 ns, where the kernels of bitsandbytes take 6 and 0.5 ns.
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from hina_optim.state.codebooks import CELL_BITS, Tables, dynamic_tables, log_tables
 
-__all__ = ["BlockCodec", "LogCodec"]
+__all__ = ["SMALLEST_SCALE", "BlockCodec", "LogCodec", "scale_"]
 
 #: The lowest level of the signed map.
 LOWEST = -0.992968738079071
@@ -72,7 +71,7 @@ def _times(lines: Tensor, scale: Tensor, block: int) -> Tensor:
     return torch.cat([head.flatten(-2), lines[..., whole:] * scale[..., -1:]], -1)
 
 
-def _scale_(lines: Tensor, scale: Tensor, block: int) -> Tensor:
+def scale_(lines: Tensor, scale: Tensor, block: int) -> Tensor:
     """:func:`_times` in place."""
     columns = lines.shape[-1]
     blocks = columns // block
@@ -158,26 +157,42 @@ class BlockCodec:
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """``scale · level[code]``."""
         codes, scale = parts[""], parts["_scale"]
-        levels = self._tables.on(codes.device).levels
-        lines = _scale_(_look_up(levels, _lines(codes).to(torch.int32)), scale, self.block)
+        lines = scale_(self.levels(_lines(codes)), scale, self.block)
         return lines.reshape(codes.shape).to(self.compute)
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """The level of each code, float32."""
+        return _look_up(self._tables.on(codes.device).levels, codes.to(torch.int32))
 
     def encode(self, value: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
         """Scales and codes; ``noise`` only if :attr:`stochastic`: without it, the nearest level is taken."""
         lines = _lines(value).to(torch.float32)
+        scale = self.scales(lines, noise is not None)
+        unit = _times(lines, 1 / scale.clamp(min=SMALLEST_SCALE), self.block)
+        return {"": self.codes(unit, noise).reshape(value.shape), "_scale": scale}
+
+    def scales(self, lines: Tensor, by_chance: bool) -> Tensor:
+        """Scales of the blocks of rows, float32 ``[…, columns]`` → ``[…, blocks]``: a block's is its parts' largest.
+
+        Args:
+            lines: Rows; each begins with a block.
+            by_chance: Whether they will be rounded at random.
+        """
         largest, smallest = _extremes(lines, self.block)
         # an average that is stored again and again must not lose the 0.7 % by which the lowest level falls short of -1
-        lowest = LOWEST if self.signed and noise is not None else -1.0
-        scale = torch.maximum(largest, smallest / lowest).abs()
-        unit = _times(lines, 1 / scale.clamp(min=SMALLEST_SCALE), self.block)
+        lowest = LOWEST if self.signed and by_chance else -1.0
+        return torch.maximum(largest, smallest / lowest).abs()
+
+    def codes(self, unit: Tensor, noise: Tensor | None) -> Tensor:
+        """Codes of values that were divided by their scale, float32; ``unit`` is overwritten."""
         bits = unit.view(torch.int32)
         # without a sign, what is negative becomes 0, here and (the same memory) in what is rounded at random below
         key = (bits >> 31).bitwise_xor_(bits) if self.signed else bits.clamp_(min=0)
-        tables = self._tables.on(value.device)
+        tables = self._tables.on(unit.device)
         codes = _codes(tables.nearest if noise is None else tables.floor, key, CELL_BITS)
         if noise is not None:
             codes = _promote(unit, codes, tables, noise.reshape(unit.shape))
-        return {"": codes.to(torch.uint8).reshape(value.shape), "_scale": scale}
+        return codes.to(torch.uint8)
 
 
 @dataclass(frozen=True)

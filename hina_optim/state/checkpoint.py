@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hina_optim.state.precision import Storage, codec_for
+from hina_optim.state.precision import Storage
+from hina_optim.state.ranges import RangeCodec, codec_here
 from hina_optim.state.signs import SignCodec
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["describe", "load", "matching_groups", "unstacked"]
 
-VERSION = 1
+#: 2: state in 8 bits of flat partitions is in the blocks of the whole parameter; before, blocks began with a partition.
+VERSION = 2
 
 
 def describe(optimizer: HinaOptimizer) -> dict[str, Any]:
@@ -103,6 +105,8 @@ def load(optimizer: HinaOptimizer, saved: Mapping[str, Any]) -> None:
             k: optimizer._layout.unwrap(params[at], v) if isinstance(v, Tensor) else v for k, v in entry.items()
         }
     with _told(optimizer, about, indices):
+        if about.get("version", VERSION) < 2:
+            _refuse_other_blocks(optimizer, groups, entries)
         _pack_signs(optimizer, groups, entries)
         hosted = optimizer._buckets.check_loaded(groups, entries)
     _tell_precision(optimizer, groups)
@@ -139,9 +143,25 @@ def _pack_signs(
             have = entry.get(slot.name)
             if not isinstance(have, Tensor) or have.dtype != torch.int8 or tuple(have.shape) != local:
                 continue
-            codec = codec_for(slot, Storage.of(group), member.param.dtype, member.info.shape)
+            codec = codec_here(slot, Storage.of(group), member.param.dtype, member.shard, local)
             if isinstance(codec, SignCodec):
                 entry[slot.name] = codec.encode(have[None], None)[""][0]
+
+
+def _refuse_other_blocks(
+    optimizer: HinaOptimizer, groups: Sequence[dict[str, Any]], entries: Mapping[Tensor, dict[str, Any]]
+) -> None:
+    """Blocks that began where a flat partition does would be read as others."""
+    for g, member in optimizer._buckets.identities.members(list(entries)):
+        group, local = {**optimizer.group(g), **groups[g]}, tuple(optimizer._layout.local(member.param).shape)
+        for slot in optimizer._buckets._recipe(group, member.info, member.param.dtype)[1]:
+            codec = codec_here(slot, Storage.of(group), member.param.dtype, member.shard, local)
+            if isinstance(codec, RangeCodec):
+                raise ValueError(
+                    f"{type(optimizer).__name__}: the checkpoint is of an earlier version, which kept {slot.name!r} of "
+                    f"{member.name} in other 8-bit blocks in flat partitions (FSDP1, ZeRO): save it with that one "
+                    "by hina_lightning.sharded_state.save, or in bf16 (set_state_precision)."
+                )
 
 
 @contextlib.contextmanager

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from hina_optim.state.precision import Codec, decoded
+from hina_optim.state.ranges import ends, span, within
 
 __all__ = ["PIECE", "Piece", "converted", "pieces"]
 
 #: Elements that are decoded at once, about.
 PIECE = 1 << 20
-#: Ranges of a vector begin at multiples of this, which every codec can begin at.
-GRAIN = 4096
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,25 @@ class Piece:
         """The piece of a stored stack, a view."""
         if len(self.shape) == 1:
             return part[self.batch]
+        if len(self.shape) == 2:
+            return part[self.batch, slice(*span(codec, suffix, self.first, self.last))]
         ends = (codec.part_shape(suffix, (end, *self.shape[2:]))[0] for end in (self.first, self.last))
         return part[self.batch, slice(*ends)]
 
+    def codec(self, whole: Codec) -> Codec:
+        """How it is stored, of values that are stored by ``whole``."""
+        return within(whole, self.first, self.last) if len(self.shape) == 2 else whole
 
-def pieces(n: int, shape: tuple[int, ...]) -> Iterator[Piece]:
-    """Pieces of about :data:`PIECE` elements of ``n`` values of a shape."""
+
+def pieces(n: int, shape: tuple[int, ...], codecs: Sequence[Codec] = (), start: int = 0) -> Iterator[Piece]:
+    """Pieces of about :data:`PIECE` elements of ``n`` values of a shape.
+
+    Args:
+        n: How many.
+        shape: Of each.
+        codecs: What a flat range is stored by, beginning at the element ``start`` of the whole: none may be cut.
+        start: Global flat index of the first element of a flat range.
+    """
     numel = int(torch.Size(shape).numel())
     if n > 1 or not shape or numel <= PIECE:
         each = max(1, PIECE // max(1, numel))
@@ -57,14 +70,20 @@ def pieces(n: int, shape: tuple[int, ...]) -> Iterator[Piece]:
             count = min(each, n - begin)
             yield Piece(slice(begin, begin + count), 0, shape[0] if shape else 1, (count, *shape))
         return
+    if len(shape) == 1:
+        for first, last in pairwise((0, *ends(start, numel, PIECE, codecs))):
+            yield Piece(slice(0, 1), first, last, (1, last - first))
+        return
     row = max(1, numel // shape[0])
-    each = max(1, PIECE // row) if len(shape) > 1 else PIECE // GRAIN * GRAIN
+    each = max(1, PIECE // row)
     for first in range(0, shape[0], each):
         last = min(first + each, shape[0])
         yield Piece(slice(0, 1), first, last, (1, last - first, *shape[1:]))
 
 
-def converted(old: Codec, new: Codec, parts: dict[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+def converted(
+    old: Codec, new: Codec, parts: dict[str, Tensor], shape: tuple[int, ...], start: int = 0
+) -> dict[str, Tensor]:
     """Stored by ``old`` → stored by ``new``, rounded to the nearest.
 
     Needs memory for the result and a few times :data:`PIECE` elements.
@@ -74,14 +93,16 @@ def converted(old: Codec, new: Codec, parts: dict[str, Tensor], shape: tuple[int
         new: How it will be.
         parts: Suffix → ``[N, …]``.
         shape: Of one value, without the batch dimension.
+        start: Of a flat range, global flat index of its first element.
     """
     n, device = parts[next(iter(old.parts))].shape[0], parts[next(iter(old.parts))].device
     fresh = {
         suffix: torch.empty((n, *new.part_shape(suffix, shape)), dtype=dtype, device=device)
         for suffix, dtype in new.parts.items()
     }
-    for piece in pieces(n, shape):
+    for piece in pieces(n, shape, (old, new), start):
         some = {suffix: piece.of(old, suffix, part) for suffix, part in parts.items()}
-        for suffix, part in new.encode(decoded(old, some, piece.shape), None).items():
+        value = decoded(piece.codec(old), some, piece.shape)
+        for suffix, part in piece.codec(new).encode(value, None).items():
             piece.of(new, suffix, fresh[suffix]).copy_(part)
     return fresh

@@ -14,6 +14,8 @@ from hina_optim.state.blockwise import BlockCodec, LogCodec
 from hina_optim.state.conversion import converted
 from hina_optim.state.portable import COUNTERS, Metadata, codec_of, form_of, saved_as, slots_of
 from hina_optim.state.precision import Codec, Storage, TensorCodec, codec_for
+from hina_optim.state.ranges import covering
+from hina_optim.state.ranges import local as local_codec
 from hina_optim.state.regions import Box, block_boxes, covering_scales, decode_elements, fits, neighbors, numel, whole
 
 if TYPE_CHECKING:
@@ -141,6 +143,8 @@ class Receiver:
             )
         if slot.shape != "like":
             self._fixed(name, slot.shape, source, target)
+        elif len(self.member.shard.shape) > 1 and self._local_dimensions() == 1:
+            self._range(name, source, target, home)
         else:
             self._like(name, source, target, home)
         old, new = _words(form), _words(form_of(saved_as(target)))
@@ -152,6 +156,34 @@ class Receiver:
         read = Read(self._key(name), shape, source.parts[""], whole(shape), device)
         dtype = target.parts[""]
         self.jobs.append(Job(self.member.param, (read,), lambda values: {name: values[0].to(dtype).view(shape)}))
+
+    def _local_dimensions(self) -> int:
+        return self.optimizer._layout.local(self.member.param).ndim
+
+    def _read(self, name: str, codec: Codec, suffix: str, boxes: tuple[Box, ...], home: torch.device) -> Read:
+        shape = codec.part_shape(suffix, self.member.shard.shape)
+        return Read(self._key(name + suffix), shape, codec.parts[suffix], boxes, home)
+
+    def _range(self, name: str, source: Codec, target: Codec, home: torch.device) -> None:
+        """A flat range. What it has a part of only is read whole where it is encoded: alike on all ranks."""
+        shard = self.member.shard
+        direct = saved_as(target) is target and form_of(source) == form_of(target)
+        wide = covering(shard, target.block) if isinstance(target, BlockCodec) and not direct else shard
+        shape = (wide.numel,)
+        old, new = local_codec(source, wide, shape), local_codec(target, wide, shape)
+        reads = [self._read(name, source, "", tuple(wide.boxes()), home)]
+        if isinstance(source, BlockCodec):
+            reads.append(self._read(name, source, "_scale", covering_scales(wide, source), home))
+        before = shard.start - wide.start
+
+        def build(values: Sequence[Tensor]) -> dict[str, Tensor]:
+            stored = {s: v.view(1, *old.part_shape(s, shape)) for s, v in zip(old.parts, values, strict=True)}
+            parts = stored if direct else converted(old, new, stored, shape, wide.start)
+            if wide.numel > shard.numel:
+                parts[""] = parts[""][:, before : before + shard.numel].clone()
+            return {name + suffix: part[0] for suffix, part in parts.items()}
+
+        self.jobs.append(Job(self.member.param, tuple(reads), build))
 
     def _like(self, name: str, source: Codec, target: Codec, home: torch.device) -> None:
         param, shard = self.member.param, self.member.shard
@@ -165,16 +197,13 @@ class Receiver:
                 "shard it along dimension 0."
             )
 
-        def read(codec: Codec, suffix: str, boxes: tuple[Box, ...]) -> Read:
-            shape = codec.part_shape(suffix, shard.shape)
-            return Read(self._key(name + suffix), shape, codec.parts[suffix], boxes, home)
-
-        reads = [read(source, "", boxes)]
+        reads = [self._read(name, source, "", boxes, home)]
         whole_blocks = True
         if isinstance(source, BlockCodec):
             scales = block_boxes(shard, local, source)
             whole_blocks = scales is not None
-            reads.append(read(source, "_scale", covering_scales(shard, source) if scales is None else scales))
+            covered = covering_scales(shard, source) if scales is None else scales
+            reads.append(self._read(name, source, "_scale", covered, home))
         direct = whole_blocks and saved_as(target) is target and form_of(source) == form_of(target)
 
         def build(values: Sequence[Tensor]) -> dict[str, Tensor]:

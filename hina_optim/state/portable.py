@@ -4,9 +4,10 @@
 the tensor that one process with everything whole would store. :func:`hina_optim.state.receiving.receiving` checks
 metadata against an optimizer and says which boxes it needs; whoever stores the pieces reads those and hands them over.
 
-A number is saved as it is stored, with two exceptions. Signs, four of which share a byte, are saved in a byte each:
-then any cut is one between bytes. And of 8-bit state with a scale for each block, where a flat partition cuts a block
-on any rank, the decoded values are saved, and encoded again when they are loaded.
+A number is saved as it is stored, with one exception. Signs, four of which share a byte, are saved in a byte each: then
+any cut is one between bytes. Of 8-bit state with a scale for each block, the scale of a block that lies on several
+ranks is saved by the one that has its first element. (Earlier versions stored other blocks in flat partitions, and
+saved what a partition had cut decoded, in float32; that is encoded again when it is loaded.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from hina_optim.state.conversion import converted
 from hina_optim.state.names import plain_name
 from hina_optim.state.plain import dtype_named, to_plain
 from hina_optim.state.precision import Codec, Storage, TensorCodec, codec_for
-from hina_optim.state.regions import Box, block_boxes, whole
+from hina_optim.state.ranges import RangeCodec, local
+from hina_optim.state.regions import Box, beginning_scales, block_boxes, whole
 from hina_optim.state.signs import SignCodec
 from hina_optim.state.slot import Slot
 
@@ -96,6 +98,8 @@ def export(
 def _export(optimizer: HinaOptimizer, agree: Agree | None, model: nn.Module | None) -> tuple[Metadata, list[Piece]]:
     optimizer.settle_layout()
     optimizer._buckets.conform()
+    if agree is not None:
+        optimizer._buckets.agree_on_scales()
     optimizer.wait_for_state()
     every = members(optimizer)
     names, named = names_of(optimizer, every, model)
@@ -188,7 +192,6 @@ class _Held:
 
     def __init__(self, optimizer: HinaOptimizer, g: int, member: Member) -> None:
         self._layout = optimizer._layout
-        self._buckets = optimizer._buckets
         self._member = member
         group = optimizer.group(g)
         self._slots = {slot.name: slot for slot in slots_of(optimizer, group, member)}
@@ -199,24 +202,19 @@ class _Held:
         self._local_shape = tuple(self._layout.local(member.param).shape)
         self._kept = bool(member.state)
         self._zero: dict[str, bool] = {}
-        self._blocks: dict[str, bool] = {}
 
     def flags(self) -> list[bool]:
-        """What is so if it is so on all ranks: no state, a slot that is one zero, blocks that are the parameter's."""
+        """What is so if it is so on all ranks: no state, a slot that is one zero."""
         state = self._member.state
         for name, slot in self._slots.items():
             value = state.get(name)
             self._zero[name] = slot.constant and bool(self._member.info.shape) and (value is None or value.ndim == 0)
-            codec = self._codecs[name]
-            if isinstance(codec, BlockCodec):
-                self._blocks[name] = block_boxes(self._member.shard, self._local_shape, codec) is not None
-        return [not self._kept, *self._zero.values(), *self._blocks.values()]
+        return [not self._kept, *self._zero.values()]
 
     def settle(self, agreed: Any) -> None:
         """Take the flags back, in the same order."""
         self._kept = not next(agreed)
         self._zero = {name: next(agreed) for name in self._zero}
-        self._blocks = {name: next(agreed) for name in self._blocks}
 
     def described(self) -> Metadata:
         """Shape, dtype, and how each slot is stored; without ``slots`` if there is no state."""
@@ -232,8 +230,6 @@ class _Held:
         slot, codec = self._slots[name], self._codecs[name]
         if self._zero[name]:
             return {"form": "zero"}
-        if not self._blocks.get(name, True):
-            return {**form_of(TensorCodec(codec.compute, codec.compute)), "decoded": form_of(codec)}
         form = form_of(saved_as(codec))
         return form if slot.shape == "like" else {**form, "shape": list(slot.shape)}
 
@@ -248,10 +244,6 @@ class _Held:
                 continue
             if slot.shape != "like":
                 found.append(self._whole(f"{name}/{slot_name}", slot_name, codec.parts[""]))
-            elif not self._blocks.get(slot_name, True):
-                read = self._decoder(slot_name)
-                shard = self._member.shard
-                found.append(Piece(f"{name}/{slot_name}", shard.shape, codec.compute, tuple(shard.boxes()), read))
             elif isinstance(codec, SignCodec):
                 shard, read = self._member.shard, self._unpacker(slot_name, codec)
                 found.append(Piece(f"{name}/{slot_name}", shard.shape, torch.int8, tuple(shard.boxes()), read))
@@ -266,31 +258,29 @@ class _Held:
     def _part(self, name: str, slot_name: str, suffix: str) -> Piece:
         shard, codec, part = self._member.shard, self._codecs[slot_name], slot_name + suffix
         boxes: tuple[Box, ...] | None = tuple(shard.boxes())
+        skipped = 0
         if suffix and isinstance(codec, BlockCodec):
-            boxes = block_boxes(shard, self._local_shape, codec)
-        assert boxes is not None  # it was agreed that blocks fit
+            if isinstance(local(codec, shard, self._local_shape), RangeCodec):
+                boxes, skipped = beginning_scales(shard, codec)
+            else:
+                boxes = block_boxes(shard, self._local_shape, codec)
+        assert boxes is not None  # a bucket refuses what is cut between columns within a block
         shape = codec.part_shape(suffix, shard.shape)
-        return Piece(f"{name}/{part}", shape, codec.parts[suffix], boxes, self._reader(part))
+        read = self._reader(part)
+        return Piece(f"{name}/{part}", shape, codec.parts[suffix], boxes, lambda: read()[skipped:])
 
     def _reader(self, part: str) -> Callable[[], Tensor]:
         member, layout = self._member, self._layout
         return lambda: layout.unwrap(member.param, member.state[part]).detach().reshape(-1)
 
-    def _decoder(self, slot_name: str) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            value = self._buckets.decoded(self._member.param, slot_name)
-            assert value is not None  # the parameter has state
-            return value.reshape(-1)
-
-        return read
-
     def _unpacker(self, slot_name: str, codec: SignCodec) -> Callable[[], Tensor]:
         packed = self._reader(slot_name)
-        shape = self._local_shape
+        shape, shard = self._local_shape, self._member.shard
 
         def read() -> Tensor:
-            parts = {"": packed().view(1, *codec.part_shape("", shape))}
-            return converted(codec, saved_as(codec), parts, shape)[""].reshape(-1)
+            here = local(codec, shard, shape)
+            parts = {"": packed().view(1, *here.part_shape("", shape))}
+            return converted(here, saved_as(codec), parts, shape, shard.start)[""].reshape(-1)
 
         return read
 

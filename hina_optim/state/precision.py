@@ -172,7 +172,7 @@ def decoded(codec: Codec, parts: dict[str, Tensor], shape: Sequence[int]) -> Ten
     if not isinstance(codec, SignCodec):
         return value
     row = int(torch.Size(shape[2:] if len(shape) > 2 else shape[1:]).numel())
-    return value[..., :row].reshape(shape)
+    return value[..., codec.lead : codec.lead + row].reshape(shape)
 
 
 def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:

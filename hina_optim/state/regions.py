@@ -1,7 +1,7 @@
 """Where the stored tensors of a shard lie in those of the whole parameter: boxes of elements and of scales.
 
-Stored 8-bit state has a scale for every block of a row. Where a shard begins and ends with blocks, its scales are a
-part of the whole parameter's; where it does not, its blocks are others, and only decoded values are the parameter's.
+Stored 8-bit state has a scale for every block of a row. The scales of a shard are a part of the whole parameter's: of a
+flat range those of all blocks that it has elements of; of others, which must begin and end with blocks, of their own.
 """
 
 from __future__ import annotations
@@ -11,10 +11,21 @@ from torch import Tensor
 
 from hina_optim.state.blockwise import BlockCodec
 from hina_optim.state.precision import Codec
+from hina_optim.state.ranges import block_at, covering
 from hina_optim.state.shard import Shape, Shard
 from hina_optim.state.signs import PER_BYTE, SignCodec
 
-__all__ = ["Box", "block_boxes", "covering_scales", "decode_elements", "fits", "neighbors", "numel", "whole"]
+__all__ = [
+    "Box",
+    "beginning_scales",
+    "block_boxes",
+    "covering_scales",
+    "decode_elements",
+    "fits",
+    "neighbors",
+    "numel",
+    "whole",
+]
 
 #: ``(offset, size)`` in every dimension.
 Box = tuple[Shape, Shape]
@@ -96,9 +107,11 @@ def block_boxes(shard: Shard, local_shape: Shape, codec: BlockCodec) -> tuple[Bo
 
 
 def _scale_range(shard: Shard, block: int) -> tuple[int, int]:
-    """Flat range of the scales of all blocks that a shard has elements of."""
+    """Flat range of the scales of all blocks that a shard has elements of; of a box, of all between them, too."""
     if not shard.numel:
         return 0, 0
+    if shard.size is None:
+        return block_at(shard.shape, block, shard.start), block_at(shard.shape, block, shard.stop - 1) + 1
     columns = _columns(shard.shape)
     per_row = -(-columns // block)
     first, last = shard.start // columns, (shard.stop - 1) // columns
@@ -109,8 +122,18 @@ def _scale_range(shard: Shard, block: int) -> tuple[int, int]:
 
 
 def covering_scales(shard: Shard, codec: BlockCodec) -> tuple[Box, ...]:
-    """Boxes of the scales of all blocks that a shard has elements of."""
+    """Boxes of the scales of all blocks that a shard has elements of (of a box, also of blocks between them)."""
     return tuple(Shard(codec.part_shape("_scale", shard.shape), *_scale_range(shard, codec.block)).boxes())
+
+
+def beginning_scales(shard: Shard, codec: BlockCodec) -> tuple[tuple[Box, ...], int]:
+    """Boxes of the scales of all blocks whose first element a flat range has, and how many it has before those.
+
+    Every block begins in one range.
+    """
+    first, last = _scale_range(shard, codec.block)
+    skipped = int(bool(shard.numel) and covering(shard, codec.block).start < shard.start)
+    return tuple(Shard(codec.part_shape("_scale", shard.shape), first + skipped, last).boxes()), skipped
 
 
 def decode_elements(shard: Shard, codec: BlockCodec, codes: Tensor, scales: Tensor) -> Tensor:

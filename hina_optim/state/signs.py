@@ -22,16 +22,19 @@ class SignCodec:
 
     Rows are those of the matrix view (first dimension × all others; a vector or a flat range is one row), and each
     begins with a byte of its own, so that a range of rows is a range of bytes. A row that does not fill its last byte
-    comes back with zeros behind it: :func:`~hina_optim.state.precision.decoded` takes them off.
+    comes back with zeros behind it (and before it): :func:`~hina_optim.state.precision.decoded` takes them off.
 
     It works on four values at a time, as the bytes of an integer: about 0.7 ns an element for decoding and 0.6 ns for
     encoding on one CPU core, where a byte for each takes 0.2 and 0.1 ns.
 
     Attributes:
         compute: dtype of decoded values.
+        lead: Of a flat range, how many values its first byte has place for before the first of them: then bytes are
+            between the same elements wherever the range begins.
     """
 
     compute: torch.dtype = torch.float32
+    lead: int = 0
     by_rows: ClassVar[bool] = True
 
     @property
@@ -42,7 +45,7 @@ class SignCodec:
     def part_shape(self, suffix: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """``(rows, bytes of a row)``, ``(bytes,)`` of a vector."""
         row = int(torch.Size(shape[1:] if len(shape) > 1 else shape).numel())
-        return (*(shape[:1] if len(shape) > 1 else ()), -(-row // PER_BYTE))
+        return (*(shape[:1] if len(shape) > 1 else ()), -(-(self.lead + row) // PER_BYTE))
 
     @property
     def noisy(self) -> bool:
@@ -63,8 +66,9 @@ class SignCodec:
         """Four values a byte, the first in the lowest bits."""
         lines = value.flatten(2) if value.ndim > 3 else value
         signs = lines.to(torch.int8, copy=True, memory_format=torch.contiguous_format)
-        if lines.shape[-1] % PER_BYTE:
-            signs = torch.nn.functional.pad(signs, (0, -lines.shape[-1] % PER_BYTE))
+        behind = -(self.lead + lines.shape[-1]) % PER_BYTE
+        if self.lead or behind:
+            signs = torch.nn.functional.pad(signs, (self.lead, behind))
         four = signs.view(-1).view(torch.int32) & _PAIRS
         four = four | four >> 6 | four >> 12 | four >> 18
         return {"": four.to(torch.uint8).view(*signs.shape[:-1], signs.shape[-1] // PER_BYTE)}

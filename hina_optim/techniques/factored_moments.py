@@ -105,6 +105,7 @@ class FactoredAdam(AdamMoments):
     """
 
     sums_over: ClassVar[frozenset[str]] = frozenset({"grad", "incoming"})
+    by_rows: ClassVar[bool] = True
     settles: ClassVar[frozenset[str]] = frozenset({"update"})
     settle_reads: ClassVar[frozenset[str]] = frozenset({"grad", "incoming", "damping"})
     reads: ClassVar[frozenset[str]] = frozenset()

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import hina_optim
+from hina_optim.state.blockwise import BlockCodec
+from hina_optim.state.ranges import RangeCodec, block_at
 from tests.every_optimizer import LR, loss_of, make
 from tests.optim_cases import NOTHING
 from tests.sharded.engines import Built, build, gradients, joined, same_bits
@@ -49,7 +51,7 @@ TOLERANCE: dict[str, tuple[float, float, float]] = {
     "bf16 weights": (1e-3, 1e-3, 1e-3),
 }
 #: Engines that lay parameters flat, and the worlds that they are run in. ZeRO keeps float32 weights of its own,
-#: whatever the model's are, and flat pieces cut through the blocks of 8 bits within rows, whose scales are others then.
+#: whatever the model's are.
 FLAT: dict[str, tuple[int, ...]] = {
     "fsdp1": (2, 4),
     "fsdp1 flat": (2,),
@@ -57,7 +59,6 @@ FLAT: dict[str, tuple[int, ...]] = {
     "zero2": (2, 4),
     "zero3": (2, 4),
 }
-FLAT_TOLERANCE = {**TOLERANCE, "8bit": (3e-2, 0.1, 0.0)}
 
 
 def kinds_of(engine: str) -> list[str]:
@@ -77,7 +78,7 @@ class Trained:
 
     Attributes:
         weights: Name → value.
-        state: ``"name/slot"`` → value as stored; of flat pieces, as decoded.
+        state: ``"name/slot"`` → value as stored; of flat pieces, as decoded, and codes and scales of 8 bits beside it.
         collectives: Kind → how many the counted step took.
     """
 
@@ -104,10 +105,9 @@ class Result:
     codes: float
     collectives: Mapping[str, int]
 
-    def fits(self, engine: str, kind: str) -> bool:
+    def fits(self, kind: str) -> bool:
         """Whether it is within the tolerance of its kind."""
-        most = (FLAT_TOLERANCE if engine in FLAT else TOLERANCE)[kind]
-        return all(x <= limit for x, limit in zip((self.error, self.state, self.codes), most, strict=True))
+        return all(x <= limit for x, limit in zip((self.error, self.state, self.codes), TOLERANCE[kind], strict=True))
 
     def __str__(self) -> str:
         if not self.error and not self.state and not self.codes:
@@ -201,13 +201,13 @@ def train_flat(engine: str, name: str, kind: str) -> tuple[Pieces, Pieces, dict[
     """The same on an engine that lays parameters flat: pieces of the weights, and of the state."""
     from tests.sharded_state_cases import name_of, start  # loads the frameworks
 
-    ran = start(engine, optimizer=name, **KINDS[kind][1])
+    ran = start(engine, optimizer=functools.partial(made, name, kind=kind))
     ran.step(STEPS)
     return ran.pieces(), decoded(ran.optimizer, {name_of(m): m for m in ran.members()}), {}
 
 
 def decoded(optimizer: Any, members: Mapping[str, Any]) -> Pieces:
-    """``"name/slot"`` → places and values of what is here of the state."""
+    """``"name/slot"`` → places and values of what is here of the state; of blocks, codes and scales, too."""
     found = {}
     for name, member in members.items():
         bucket = optimizer._buckets._of[member.param]
@@ -216,6 +216,13 @@ def decoded(optimizer: Any, members: Mapping[str, Any]) -> Pieces:
                 value = bucket.decoded(member, slot.name).reshape(-1)
                 places = member.shard.index(value.device) if slot.shape == "like" else torch.arange(value.numel())
                 found[f"{name}/{slot.name}"] = places, value
+                codec = bucket.codecs[slot.name]
+                if isinstance(codec, (BlockCodec, RangeCodec)):
+                    codes, scales = (member.state[slot.name + suffix].reshape(-1) for suffix in codec.parts)
+                    block = codec.block if isinstance(codec, BlockCodec) else codec.blocks.block
+                    first = block_at(member.info.shape, block, member.shard.start) if scales.numel() else 0
+                    found[f"{name}/{slot.name} codes"] = places, codes
+                    found[f"{name}/{slot.name} scales"] = torch.arange(first, first + scales.numel()), scales
     return found
 
 

@@ -24,15 +24,17 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "low.lora_A.default.weight": (4, 64),
     "bias": (16,),
 }
+#: In the order in which the model has them; rows that four ranks cut, and two cut one of them.
+CUT: dict[str, tuple[int, ...]] = {"bias": (16,), "one": (25, 50), "other": (63, 20)}
 
 
 class Several(nn.Module):
     """Parameters of these shapes, and a loss that reaches all of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.all = nn.ParameterDict({name.replace(".", "/"): torch.randn(shape) for name, shape in SHAPES.items()})
+        self.all = nn.ParameterDict({name.replace(".", "/"): torch.randn(shape) for name, shape in shapes.items()})
 
     def named(self) -> list[tuple[str, nn.Parameter]]:
         return [(name.replace("/", "."), p) for name, p in self.all.items()]
@@ -75,10 +77,12 @@ def meshed(rank: int, engine: str, name: str) -> tuple[Any, Any]:
     return counted(optimizer, step), built.shapes
 
 
-def partitioned(rank: int, stage: int, name: str) -> tuple[Any, Any]:
+def partitioned(
+    rank: int, stage: int, name: str, options: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> tuple[Any, Any]:
     watch()
-    model = Several()
-    optimizer = create_optimizer(name, model.named(), lr=1e-3, **unbudgeted(name))
+    model = Several(shapes)
+    optimizer = create_optimizer(name, model.named(), lr=1e-3, **unbudgeted(name), **options)
     engine = initialized(model, optimizer, stage)
     bind(optimizer, engine)
 
@@ -86,7 +90,7 @@ def partitioned(rank: int, stage: int, name: str) -> tuple[Any, Any]:
         engine.backward(engine())
         engine.step()
 
-    return counted(optimizer, step), SHAPES
+    return counted(optimizer, step), shapes
 
 
 def check(found: list[tuple[tuple[int, int, int], Any]], costs: Costs) -> None:
@@ -107,5 +111,20 @@ def test_fsdp2(engine: str, size: int, name: str) -> None:
 @pytest.mark.parametrize(("stage", "size"), [(1, 2), (3, 2), (3, 4)])
 def test_zero(stage: int, size: int, name: str) -> None:
     pytest.importorskip("deepspeed")
-    found = run(partitioned, size, stage, name)
+    found = run(partitioned, size, stage, name, {}, SHAPES)
     check(found, simulate(SHAPES, f"zero{stage}", size, name))
+
+
+@pytest.mark.parametrize(("stage", "size", "blocks"), [(1, 2, 1), (3, 4, 6)])
+def test_scales_of_cut_blocks(stage: int, size: int, blocks: int) -> None:
+    """One more all-reduce where flat pieces cut blocks of 8 bits, of one number a block and moment."""
+    pytest.importorskip("deepspeed")
+    options = {"state_precision": "8bit", "min_8bit_size": 0}
+    found = run(partitioned, size, stage, "HinaAdaptive", options, CUT)
+    for rank, ((calls, sent, state), _) in enumerate(found):
+        costs, plain = (
+            simulate(CUT, f"zero{stage}", size, "HinaAdaptive", rank=rank, **more) for more in (options, {})
+        )
+        parts = (costs.sums, costs.gathers, costs.agreements)
+        assert (calls, sent, state) == (sum(n for n, _ in parts), sum(b for _, b in parts), costs.state_bytes)
+        assert costs.sums == (plain.sums[0] + 1, plain.sums[1] + 4 * 2 * blocks)
