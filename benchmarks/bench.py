@@ -224,7 +224,6 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [c for c in contenders(args.compiled) if any(named(c, text) for text in wanted)]
     if args.quick:
         chosen = [c for c in chosen if not c.variant and (args.compiled or not (c.ours and c.compiled))]
-    logging.getLogger("hina_optim").setLevel(logging.ERROR)  # no loss is reported here, and each of them would say so
     found: dict[str, Any] = {
         "machine": machine(device),
         "scale": args.scale,
@@ -262,4 +261,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("hina_optim").setLevel(logging.ERROR)  # no loss is reported here, and each of them would say so
     main()

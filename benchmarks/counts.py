@@ -254,7 +254,6 @@ def main() -> None:
     parser.add_argument("--ops", metavar="NAME", help="the operators of an optimizer's step, by the bytes they move")
     parser.add_argument("--workload", choices=list(SHAPES), default="chunks", help="for --ops (default: chunks)")
     args = parser.parse_args()
-    logging.getLogger("hina_optim").setLevel(logging.ERROR)  # no loss is reported here
     if args.ops:
         shapes = SHAPES[args.workload]()
         gauge, _ = profiled(args.ops, shapes)
@@ -275,4 +274,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("hina_optim").setLevel(logging.ERROR)  # no loss is reported here
     main()

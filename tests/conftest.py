@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -36,15 +34,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _says_as_much_as_before() -> Iterator[None]:
-    """What runs as a command quiets the library for itself; tests of warnings may come later in the same process."""
-    logger = logging.getLogger("hina_optim")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
