@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from hina_optim import Automagic_CameAMP_Improved, HinaAdamW, HinaAdaptive
 from hina_optim.engine.optimizer import HinaOptimizer
@@ -388,6 +389,22 @@ def test_shards(by_rows: bool) -> None:
         for device in ("cpu", None)
     ]
     assert same(*results)
+
+
+@pytest.mark.usefixtures("copying")
+@pytest.mark.parametrize("name", ["adaptive", "adaptive 8bit", "adamw", "came"])
+def test_compiled_steps(name: str) -> None:
+    """In lines, in grids and by shape, as traced, without a code generator: where the state lives changes nothing."""
+    counters.clear()
+    ends = []
+    for device in ("cpu", None):
+        params, optimizer = build(name, lambda v: v, state_device=device, compile=True)
+        with torch.compiler.set_stance("default", force_backend="eager"):
+            train(params, optimizer, range(5))
+        assert counters["stats"]["unique_graphs"] > 0  # the second optimizer may use the graphs of the first
+        assert (optimizer.host_state_bytes() > 0) == (device == "cpu")
+        ends.append(weights(params))
+    assert same(*ends)
 
 
 def test_without_pinned_memory(caplog: pytest.LogCaptureFixture) -> None:

@@ -148,6 +148,21 @@ class Compiled:
                 names += [slot.name + suffix for suffix in self.rules.codecs[slot.name].parts]
         return {name: stored[name] for name in names}
 
+    def numbers(self, inputs: Inputs, n: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> Tensor:
+        """Learning rate, sizes, state of one number, and numbers of the step, ``[numbers, n]``.
+
+        Args:
+            inputs: Of ``n`` parameters.
+            n: How many.
+            sizes: The same for all of them.
+            names: Slots of one number a parameter, then names of the step's numbers.
+        """
+        like = inputs.stored["grad"]
+        found = [inputs.scalars["lr"]]
+        found += [torch.full((), size, dtype=self.rules.compute, device=like.device) for size in sizes]
+        found += [inputs.stored[name] if name in inputs.stored else inputs.scalars[name] for name in names]
+        return torch.stack([one.to(self.rules.compute).expand(n) for one in found])
+
     def measure(self, stored: Values, scalars: Values, start: int, add: Adding) -> Values:
         """The sums of what measures, in pieces."""
         grad = stored["grad"]

@@ -229,18 +229,13 @@ class Grids(Compiled):
 
     def _laid(self, inputs: Inputs, n: int, rows: int, columns: int) -> tuple[Any, ...]:
         """What all segments read: elements, numbers, which rows are here, and where they begin."""
-        scalars, graphs, info, device = inputs.scalars, self.graphs, self.bucket.info, inputs.stored["grad"].device
+        graphs, info, device = self.graphs, self.bucket.info, inputs.stored["grad"].device
         width = WIDTH if columns % WIDTH == 0 else 1
         shape = n, rows, columns // width, width
-        sizes = [
-            torch.full((), size, dtype=self.rules.compute, device=device)
-            for size in (info.numel, info.rows, info.columns)
-        ]
-        known = [scalars["lr"], *sizes, *(inputs.stored[name] for name in graphs.single)]
-        known += [scalars[name] for name in graphs.scalars]
         grids = {name: part.detach().view(shape) for name, part in self.like(inputs.stored).items()}
-        numbers = torch.stack([one.to(self.rules.compute).expand(n) for one in known])
-        rows_here = scalars.get("row_index")
+        sizes = info.numel, info.rows, info.columns
+        numbers = self.numbers(inputs, n, sizes, (*graphs.single, *graphs.scalars))
+        rows_here = inputs.scalars.get("row_index")
         row_index = torch.arange(rows, device=device) if rows_here is None else rows_here
         mark((numbers, (1,)), (row_index, (0,)), *((part, (0, 1, 2)) for part in grids.values()))
         return grids, numbers, row_index, torch.full((1,), inputs.start, dtype=torch.int64, device=device)

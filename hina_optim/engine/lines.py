@@ -160,18 +160,16 @@ class Lines(Compiled):
 
     def _laid(self, inputs: Inputs, n: int, each: int, length: int) -> tuple[Any, ...]:
         """What all segments read: elements and numbers of lines, their seeds, and where they begin."""
-        scalars, graphs, device = inputs.scalars, self.graphs, inputs.stored["grad"].device
+        graphs, device = self.graphs, inputs.stored["grad"].device
         width = WIDTH if length % WIDTH == 0 else 1  # whole vectors: no code for what is left at the end of a line
         # a stack of parameters is no leaf, one parameter is: detached they are alike
         lined = {
             name: part.detach().view(n * each, length // width, width)
             for name, part in self.like(inputs.stored).items()
         }
-        count = torch.full((), self.bucket.info.numel, dtype=self.rules.compute, device=device)
-        known = [scalars["lr"], count, *(inputs.stored[name] for name in graphs.single)]
-        known += [scalars[name] for name in graphs.scalars]
-        numbers = torch.stack([one.to(self.rules.compute).expand(n) for one in known]).repeat_interleave(each, 1)
-        seeds = scalars["seeds"].repeat_interleave(each) if self.noisy else None
+        names = (*graphs.single, *graphs.scalars)
+        numbers = self.numbers(inputs, n, (self.bucket.info.numel,), names).repeat_interleave(each, 1)
+        seeds = inputs.scalars["seeds"].repeat_interleave(each) if self.noisy else None
         start = torch.arange(inputs.start, inputs.start + each * length, length, device=device).repeat(n)
         mark((numbers, (1,)), (seeds, (0,)), (start, (0,)), *((part, (0, 1)) for part in lined.values()))
         return lined, numbers, seeds, start

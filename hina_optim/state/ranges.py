@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hina_optim.state.blockwise import SMALLEST_SCALE, BlockCodec, scale_
 from hina_optim.state.precision import Codec, Storage, codec_for
-from hina_optim.state.shard import Shape, Shard
+from hina_optim.state.shard import Shape, Shard, columns_of
 from hina_optim.state.signs import PER_BYTE, SignCodec
 from hina_optim.state.slot import Slot
 
@@ -100,7 +100,7 @@ class RangeCodec:
     @classmethod
     def of(cls, blocks: BlockCodec, shape: Shape, start: int, stop: int) -> RangeCodec:
         """That of the elements ``start … stop-1`` of a parameter."""
-        columns = max(1, _columns(shape))
+        columns = max(1, columns_of(shape))
         columns = blocks.block if columns % blocks.block == 0 else columns
         return cls(blocks, columns, start % columns if start < stop else 0, stop - start)
 
@@ -158,10 +158,6 @@ class RangeCodec:
         """Codes of a part of one block, ``[N, m]``, whose scale ``[N, 1]`` is known."""
         unit = value.to(torch.float32) * (1 / scale.clamp(min=SMALLEST_SCALE))
         return self.blocks.codes(unit, noise)
-
-
-def _columns(shape: Shape) -> int:
-    return int(torch.Size(shape[1:] if len(shape) > 1 else shape).numel())
 
 
 def _spans(codec: RangeCodec) -> Iterator[Span]:
@@ -270,7 +266,7 @@ def _step(codec: Codec) -> int:
 
 def block_at(shape: Shape, block: int, at: int) -> int:
     """Which block of a whole parameter its element ``at`` is in."""
-    columns = max(1, _columns(shape))
+    columns = max(1, columns_of(shape))
     return at // columns * -(-columns // block) + at % columns // block
 
 
@@ -283,7 +279,7 @@ def cut_blocks(shape: Shape, block: int, ranges: Sequence[tuple[int, int]]) -> d
         block: Elements of a block.
         ranges: The flat ranges on all ranks.
     """
-    columns = max(1, _columns(shape))
+    columns = max(1, columns_of(shape))
     cuts = {stop for start, stop in ranges if start < stop}
     found = sorted({block_at(shape, block, at) for at in cuts if at % columns % block})
     return {one: i for i, one in enumerate(found)}
@@ -293,7 +289,7 @@ def covering(shard: Shard, block: int) -> Shard:
     """The range of all blocks that a range has elements of."""
     if not shard.numel:
         return shard
-    columns = max(1, _columns(shard.shape))
+    columns = max(1, columns_of(shard.shape))
     begin, last = shard.start % columns, (shard.stop - 1) % columns
     end = min(last // block * block + block, columns)
     return Shard(shard.shape, shard.start - begin % block, shard.stop - 1 - last + end)

@@ -12,7 +12,7 @@ from torch import Tensor
 from hina_optim.state.blockwise import BlockCodec
 from hina_optim.state.precision import Codec
 from hina_optim.state.ranges import block_at, covering
-from hina_optim.state.shard import Shape, Shard
+from hina_optim.state.shard import Shape, Shard, columns_of
 from hina_optim.state.signs import PER_BYTE, SignCodec
 
 __all__ = [
@@ -43,10 +43,6 @@ def whole(shape: Shape) -> tuple[Box, ...]:
     return (((0,) * len(shape), shape),) if numel(shape) else ()
 
 
-def _columns(shape: Shape) -> int:
-    return numel(shape[1:]) if len(shape) > 1 else numel(shape)
-
-
 def neighbors(codec: Codec) -> int:
     """How many elements of a row share a scale, or a byte."""
     match codec:
@@ -65,7 +61,7 @@ def fits(shard: Shard, local_shape: Shape, each: int) -> bool:
         local_shape: The shape in which it lies here.
         each: How many.
     """
-    columns = _columns(shard.shape)
+    columns = columns_of(shard.shape)
     if shard.offset is not None and shard.size is not None:
         if shard.size[2:] != shard.shape[2:]:
             return False
@@ -92,7 +88,7 @@ def block_boxes(shard: Shard, local_shape: Shape, codec: BlockCodec) -> tuple[Bo
     """
     if not shard.numel:
         return ()
-    block, columns = codec.block, _columns(shard.shape)
+    block, columns = codec.block, columns_of(shard.shape)
     if not fits(shard, local_shape, block):
         return None
     scales = codec.part_shape("_scale", shard.shape)
@@ -112,7 +108,7 @@ def _scale_range(shard: Shard, block: int) -> tuple[int, int]:
         return 0, 0
     if shard.size is None:
         return block_at(shard.shape, block, shard.start), block_at(shard.shape, block, shard.stop - 1) + 1
-    columns = _columns(shard.shape)
+    columns = columns_of(shard.shape)
     per_row = -(-columns // block)
     first, last = shard.start // columns, (shard.stop - 1) // columns
     if first < last:
@@ -145,7 +141,7 @@ def decode_elements(shard: Shard, codec: BlockCodec, codes: Tensor, scales: Tens
         codes: Its codes, flat.
         scales: Those of :func:`covering_scales`, flat.
     """
-    columns = _columns(shard.shape)
+    columns = columns_of(shard.shape)
     per_row, first = -(-columns // codec.block), _scale_range(shard, codec.block)[0]
     each = BlockCodec(codec.signed, block=1, compute=codec.compute)
     values = torch.empty(codes.numel(), dtype=codec.compute, device=codes.device)

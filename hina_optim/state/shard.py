@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Shape", "Shard"]
+__all__ = ["Shape", "Shard", "columns_of"]
 
 Shape = tuple[int, ...]
 
@@ -88,6 +88,11 @@ class Shard:
             found = axis.reshape(n, *([1] * found.ndim)) + found
             stride *= length
         return found.reshape(-1)[begin:end]
+
+
+def columns_of(shape: Shape) -> int:
+    """Elements of a row of the matrix view (first dimension × all others); a vector is one row."""
+    return _numel(shape[1:] if len(shape) > 1 else shape)
 
 
 def _numel(shape: Sequence[int]) -> int:
