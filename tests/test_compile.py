@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from benchmarks.gauges import temporary_bytes
 from hina_optim import Automagic_CameAMP, HinaAdaptive
 from hina_optim.engine.compiled import compiler
 from hina_optim.engine.optimizer import HinaOptimizer
@@ -86,6 +87,15 @@ def test_compile_is_asked_for() -> None:
 def test_default() -> None:
     """Two matrices that are stacked, and a vector; measuring steps and others."""
     compare(*run_both([(64, 48), (64, 48), (96,)], relationship_discovery_interval=4))
+
+
+@pytest.mark.slow
+def test_what_sums_are_made_of_is_not_kept() -> None:
+    """A graph of a large matrix takes no memory of its size: several sums of the same values are one loop."""
+    (weights,), optimizer = build([(256, 2048)], torch.float32, compile=True)
+    for step in range(3):
+        take_step([weights], optimizer, step)
+    assert temporary_bytes(optimizer.step, weights.device) < weights.numel()  # a quarter of one value an element
 
 
 @pytest.mark.slow

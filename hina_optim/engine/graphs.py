@@ -16,8 +16,14 @@ __all__ = ["Segments", "compiler", "graph", "mark", "without_numbers"]
 
 log = logging.getLogger("hina_optim")
 
-#: Always in parallel loops, whatever the size of the first parameter; products and sums in one instruction.
-OPTIONS: dict[str, Any] = {"cpp.dynamic_threads": True, "cpp.enable_floating_point_contract_flag": "fast"}
+#: Always in parallel loops, whatever the size of the first parameter; products and sums in one instruction. What
+#: several sums are made of is computed in their loop: by its own lights, the compiler writes to fresh memory what is
+#: used more than once and reads more than four tensors, and numbers of a line are tensors to it.
+OPTIONS: dict[str, Any] = {
+    "cpp.dynamic_threads": True,
+    "cpp.enable_floating_point_contract_flag": "fast",
+    "realize_reads_threshold": 12,
+}
 
 #: What is looked at before a graph is used again: tensors, their sizes, and the modes of torch. What it was made of
 #: beside, hyper-parameters and codecs, never changes under it: whoever changes them makes other graphs. To look at all
