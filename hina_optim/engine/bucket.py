@@ -26,9 +26,8 @@ from hina_optim.techniques.base import ParamInfo, Technique
 
 __all__ = ["SOLO_NUMEL", "Bucket", "BucketKey", "Member"]
 
-#: Parameters with more elements than this are not stacked: a copy would cost more than the calls it saves. (A cell of
-#: its own costs as much as a million elements. Eager steps on a CPU are cut into smaller pieces, and stack no such.)
-SOLO_NUMEL = 1 << 20
+#: Parameters with more elements than this are not stacked: a copy would cost more than the kernels it saves.
+SOLO_NUMEL = 1 << 18
 
 KAHAN = Slot("kahan", precision="param")
 

@@ -45,8 +45,6 @@ T = TypeVar("T")
 SMALLEST_BUFFER = 8_000_000
 #: Bytes of complete values of sharded parameters that are gathered at once; a single parameter may be larger.
 GATHERED = 64_000_000
-#: Bytes from which an allocator of a host asks for new pages every time: to get those takes as long as the copy.
-PAGED = 1 << 20
 #: What happens to the other ranks when this one cannot finish a step.
 WAITING = " The other ranks wait for this one and end with a time-out: resume all from the last checkpoint."
 #: Pieces in which memory is set aside.
@@ -78,7 +76,6 @@ class Runner:
         #: name of a parameter of which some chunks are updated and others not yet
         self.torn: str | None = None
         self._flat: dict[Bucket, bool] = {}
-        self._stacks: Values = {}  # memory of the stacks of the last cell, for those of the next one
         self._ahead: list[Cell] = []  # cells whose state is on its way
         self._short = False  # memory ran out in this step: keep nothing that can be computed again
 
@@ -216,7 +213,6 @@ class Runner:
         def release() -> None:
             self._short = True
             self._drop_ahead()
-            self._stacks.clear()
             for other in cells:
                 if other is not cell and not other.program.needs_whole:
                     other.inputs = other.carry = None
@@ -250,10 +246,9 @@ class Runner:
         if bucket.hosted:
             stored = self._with_hosted(cell, i, stored)
         if len(weights) == 1:
-            self._stacks.clear()
             both = {"param": weights[0].unsqueeze(0), "grad": grads[0].detach().unsqueeze(0)}
         else:
-            both = {"param": self._stacked("param", weights), "grad": self._stacked("grad", grads)}
+            both = {"param": torch.stack(weights), "grad": torch.stack(grads)}
         stored |= cell.chunk(both)
         scalars = {k: v[rows] if v.ndim else v for k, v in cell.measured_scalars.items()}
         if cell.program.needs_index and cell.program.lines is None:  # lines make their own
@@ -262,18 +257,6 @@ class Runner:
         if cell.program.needs_rows:
             scalars |= cell.lines()
         return Inputs(stored, scalars, bucket.shard.start + cell.begin, cell.range)
-
-    def _stacked(self, name: str, parts: list[Tensor]) -> Tensor:
-        """Parameters of a cell as one tensor; large ones, where cells come one by one, in the same memory in turn."""
-        like, size = parts[0], len(parts) * parts[0].numel()
-        if self.layout.sharded or size * like.element_size() < PAGED:
-            return torch.stack(parts)
-        held = self._stacks.pop(name, None)
-        if held is None or held.numel() < size or (held.dtype, held.device) != (like.dtype, like.device):
-            held = None  # goes before another comes
-            held = torch.empty(size, dtype=like.dtype, device=like.device)
-        self._stacks[name] = held
-        return torch.stack(parts, out=held[:size].view(len(parts), *like.shape))
 
     def _with_hosted(self, cell: Cell, i: int, stored: Values) -> Values:
         """Pieces of state with those from the host in the place of where they live."""
