@@ -86,7 +86,7 @@ class TensorCodec:
         return parts[""].to(self.compute)
 
     def encode(self, value: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
-        """Cast, with the noise if there is any."""
+        """Cast, with the noise if there is any; in a graph, bytes are left to who writes them."""
         if noise is not None:
             return {"": round_stochastic(value.to(torch.float32), noise, self.dtype)}
         if self.dtype == torch.int8 and torch.compiler.is_compiling():
