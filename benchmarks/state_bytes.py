@@ -21,6 +21,7 @@ from hina_optim import get_optimizer_info, list_optimizers
 from hina_optim.memory import plan
 from hina_optim.parsing import argument_types
 from hina_optim.profiles import PROFILES
+from hina_optim.state.precision import PRECISIONS
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 #: A block of width 1024: query, key and value; output; up and down.
@@ -29,12 +30,16 @@ SHAPES = ((3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096))
 GOALS = {"memory_optimized": 1.2, "balanced": 2.6, "quality_optimized": 8.0}
 
 PROFILED = "Automagic_CameAMP_Improved_8Bit"
-#: What else to switch off to come closer to a goal.
-WAYS: tuple[tuple[str, dict[str, bool]], ...] = (
-    ("memory_optimized", {"enable_dual_momentum": False}),
-    ("memory_optimized", {"enable_dual_momentum": False, "use_lr_mask": False}),
-    ("balanced", {"spatial_awareness": False, "background_regularization": False}),
-    ("balanced", {"spatial_awareness": False, "background_regularization": False, "enable_dual_momentum": False}),
+IMAGES_OFF = {"spatial_awareness": False, "background_regularization": False}
+#: What else to give beside a profile, for more or for less.
+WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("memory_optimized", {"state_precision": "8bit"}),
+    ("memory_optimized", {"enable_dual_momentum": True}),
+    ("memory_optimized", {"state_precision": "8bit", "use_lr_mask": False}),
+    ("balanced", {"state_precision": "4bit"}),
+    ("balanced", {"state_precision": "4bit", "enable_dual_momentum": False}),
+    ("balanced", {"state_precision": "4bit", **IMAGES_OFF}),
+    ("balanced", {"enable_dual_momentum": False, **IMAGES_OFF}),
 )
 
 Build = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -117,6 +122,12 @@ def ours(name: str, **arguments: Any) -> tuple[float, dict[str, float]]:
     return planned.state_bytes / planned.trained, per
 
 
+def by_precision(name: str, **arguments: Any) -> str:
+    """The bytes of one of ours in every precision, and what they are in 8 bits; cells of a row."""
+    found = {precision: ours(name, state_precision=precision, **arguments) for precision in PRECISIONS}
+    return " | ".join([*(f"{total:.2f}" for total, _ in found.values()), parts(found["8bit"][1])])
+
+
 def profiled() -> list[str]:
     """Optimizers that have profiles."""
     return [name for name in list_optimizers() if "profile" in argument_types(get_optimizer_info(name).cls)]
@@ -145,24 +156,22 @@ def tables() -> str:
             lines.append(f"| {label} | | does not run here ({type(error).__name__}) |")
             continue
         lines.append(f"| {label} | {total:.2f} | {parts(per)} |")
-    lines += ["", "| optimizer, as it comes | fp32 | bf16 | 8bit | state in 8 bits |", "|---|---:|---:|---:|---|"]
+    header = f"{' | '.join(PRECISIONS)} | state in 8 bits |", f"|---|{'---:|' * len(PRECISIONS)}---|"
+    lines += ["", f"| optimizer, as it comes | {header[0]}", header[1]]
     for name in list_optimizers():
-        found = [ours(name, state_precision=precision) for precision in ("fp32", "bf16", "8bit")]
-        numbers = " | ".join(f"{total:.2f}" for total, _ in found)
-        lines.append(f"| `{name}` | {numbers} | {parts(found[-1][1])} |")
-    lines += ["", "| optimizer, and also | fp32 | bf16 | 8bit | state in 8 bits |", "|---|---:|---:|---:|---|"]
+        lines.append(f"| `{name}` | {by_precision(name)} |")
+    lines += ["", f"| optimizer, and also | {header[0]}", header[1]]
     for name in list_optimizers():
         if "factored_second_moment" in argument_types(get_optimizer_info(name).cls):
-            found = [ours(name, state_precision=p, factored_second_moment=True) for p in ("fp32", "bf16", "8bit")]
-            numbers = " | ".join(f"{total:.2f}" for total, _ in found)
-            lines.append(f"| `{name}`, `factored_second_moment=True` | {numbers} | {parts(found[-1][1])} |")
+            numbers = by_precision(name, factored_second_moment=True)
+            lines.append(f"| `{name}`, `factored_second_moment=True` | {numbers} |")
     lines += ["", "| profile | optimizer | bytes a parameter | goal | state |", "|---|---|---:|---:|---|"]
     for profile in PROFILES:
         for name in profiled():
             lines.append(against_goal(profile, f"`{name}`", *ours(name, profile=profile)))
     lines += ["", "| profile | and also | bytes a parameter | goal | state |", "|---|---|---:|---:|---|"]
     for profile, more in WAYS:
-        said = ", ".join(f"`{option}={value}`" for option, value in more.items())
+        said = ", ".join(f"`{option}={value!r}`" for option, value in more.items())
         lines.append(against_goal(profile, said, *ours(PROFILED, profile=profile, **more)))
     return "\n".join(lines)
 

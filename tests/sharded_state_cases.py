@@ -41,6 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp32": {"state_precision": "fp32"},
     "bf16": {"state_precision": "bf16"},
     "8bit": {"state_precision": "8bit", "min_8bit_size": 64},
+    "4bit": {"state_precision": "4bit", "min_8bit_size": 64},
 }
 BEFORE, AFTER = 4, 5
 

@@ -1,4 +1,4 @@
-"""The demo's task, trained briefly with state in fp32, bf16 and 8 bits: what is learned does not depend on it.
+"""The demo's task, trained briefly with state in fp32, bf16, 8 and 4 bits: what is learned does not depend on it.
 
 ``python -m tests.test_demo_precision`` prints the table of docs/memory.md: the whole task, for as long as the demo.
 """
@@ -22,11 +22,11 @@ import demo_files  # noqa: E402
 from hina_lightning import configure_optimizers  # noqa: E402
 
 STEPS, SEEDS = 60, (101, 102)
-STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8, "4bit": torch.uint8}
 
 
 def arguments(precision: str, steps: int = STEPS) -> dict[str, Any]:
-    """The demo's own, with all that can be in 8 bits: most of its matrices are below ``min_8bit_size``."""
+    """The demo's own, with all that can be in few bits: most of its matrices are below ``min_8bit_size``."""
     learning_rate = demo_files.LEARNING_RATES["HinaAdaptive"]
     given = demo_files.optimizer_arguments("HinaAdaptive", learning_rate, steps)
     return {**given, "state_precision": precision, "force_8bit": True}
@@ -64,8 +64,8 @@ def test_loss_is_within_a_hundredth_of_that_with_fp32() -> None:
     for seed in SEEDS:
         loss = losses(task, seed)
         assert loss["fp32"] < math.log(len(task.packages)) - 0.3, "nothing was learned that could be lost"
-        assert loss["bf16"] != loss["fp32"] != loss["8bit"]
-        for precision in ("bf16", "8bit"):
+        assert len(set(loss.values())) == len(STORED), "two are stored alike"
+        for precision in ("bf16", "8bit", "4bit"):
             assert abs(loss[precision] / loss["fp32"] - 1) < 0.01, (seed, loss)
 
 
@@ -73,5 +73,5 @@ if __name__ == "__main__":
     whole = made(demo_files.TRAINED_LAYERS, 1.0)
     for seed in (0, 1, 2):
         found = losses(whole, seed, demo_files.STEPS)
-        others = " | ".join(f"{100 * (found[name] / found['fp32'] - 1):+.2f} %" for name in ("bf16", "8bit"))
+        others = " | ".join(f"{100 * (found[name] / found['fp32'] - 1):+.2f} %" for name in ("bf16", "8bit", "4bit"))
         print(f"| {seed} | {found['fp32']:.3f} | {others} |", flush=True)

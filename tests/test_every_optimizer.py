@@ -47,7 +47,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @every
-@pytest.mark.parametrize("case", ["fp32", "bf16", "8bit"])
+@pytest.mark.parametrize("case", ["fp32", "bf16", "8bit", "4bit"])
 def test_resume_is_exact(name: str, case: str) -> None:
     """Through a file that holds no code, at every phase of the training; all precisions of the state."""
     dtype = torch.bfloat16 if case == "bf16" else torch.float32

@@ -1,4 +1,4 @@
-"""State in 8 bits in flat partitions that are cut anywhere: blocks, codes and scales of one process.
+"""State in 8 and 4 bits in flat partitions that are cut anywhere: blocks, codes and scales of one process.
 
 Ranks are threads (:mod:`tests.shards`); real engines are in ``tests/sharded``.
 """
@@ -21,7 +21,7 @@ from hina_optim.engine.layout import Shard
 from hina_optim.engine.optimizer import HinaOptimizer
 from hina_optim.engine.transfers import Transfers
 from hina_optim.state.blockwise import BlockCodec
-from hina_optim.state.ranges import RangeCodec, block_at, ends
+from hina_optim.state.ranges import RangeCodec, block_at, codes_of, ends
 from tests.optim_cases import NOTHING
 from tests.shards import ThreadLayout, World, in_threads
 
@@ -40,6 +40,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "large even": (21, 1024),
 }
 CHUNKS = {"max_buffer_memory_mb": 0.7}
+#: Codes, masks and signs that share bytes, in rows of odd length, too.
+FOUR = {"state_precision": "4bit", "use_lr_mask": True}
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------
@@ -118,8 +120,11 @@ class Rank:
                 value = bucket.decoded(member, slot.name).reshape(-1)
                 found[f"{name}/{slot.name}"] = begin, value
                 if isinstance(codec, (BlockCodec, RangeCodec)):
-                    found[f"{name}/{slot.name} codes"] = begin, member.state[slot.name].reshape(-1).clone()
-                    first = block_at(SHAPES[name], 256, begin) if value.numel() else 0
+                    codes = member.state[slot.name][None]
+                    codes = codes_of(codec, codes, (1, *p.shape)) if codec.per_byte > 1 else codes
+                    found[f"{name}/{slot.name} codes"] = begin, codes.reshape(-1).clone()
+                    blocks = codec.blocks if isinstance(codec, RangeCodec) else codec
+                    first = block_at(SHAPES[name], blocks.block, begin) if value.numel() else 0
                     found[f"{name}/{slot.name} scales"] = first, member.state[slot.name + "_scale"].reshape(-1).clone()
         return found
 
@@ -164,7 +169,9 @@ def six_steps(one: Rank) -> None:
         one.step(step)
 
 
-@pytest.mark.parametrize("options", [{}, CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize(
+    "options", [{}, CHUNKS, FOUR, {**FOUR, **CHUNKS}], ids=["whole", "chunks", "4 bits", "4 bits, chunks"]
+)
 @pytest.mark.parametrize("cut", [even, uneven])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_codes_and_scales_are_those_of_one_process(size: int, cut: Cut, options: dict[str, Any]) -> None:
@@ -186,8 +193,9 @@ def test_chunks_are_cut_between_blocks() -> None:
     ]
 
 
+@pytest.mark.parametrize("options", [{}, FOUR], ids=["8 bits", "4 bits"])
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_gradient_that_is_not_finite_leaves_every_bit(size: int) -> None:
+def test_a_gradient_that_is_not_finite_leaves_every_bit(size: int, options: dict[str, Any]) -> None:
     """Also of blocks that are on several ranks, while others go on."""
 
     def life(one: Rank) -> None:
@@ -198,7 +206,7 @@ def test_a_gradient_that_is_not_finite_leaves_every_bit(size: int) -> None:
                 same = torch.equal(one.pieces()[key][1], value)
                 assert same or not key.startswith("odd again"), key
 
-    check(size, {}, life)
+    check(size, options, life)
 
 
 def test_nothing_is_sent_where_no_block_is_cut() -> None:
@@ -228,14 +236,14 @@ def test_nothing_is_sent_where_no_block_is_cut() -> None:
 
 
 @pytest.mark.parametrize("how", ["together", "by hand", "by hand and saved"])
-@pytest.mark.parametrize("before", ["fp32", "bf16"])
-def test_conversion_in_the_middle_of_a_training(before: str, how: str) -> None:
+@pytest.mark.parametrize(("before", "after"), [("fp32", "8bit"), ("bf16", "8bit"), ("fp32", "4bit"), ("8bit", "4bit")])
+def test_conversion_in_the_middle_of_a_training(before: str, after: str, how: str) -> None:
     """All ranks hold the scales of one process after it, and the trajectory is that of one process."""
 
     def life(one: Rank) -> None:
         for step in range(5):
             if step in (2, 4):
-                wanted = "8bit" if step == 2 else before
+                wanted = after if step == 2 else before
                 if how == "together":
                     one.optimizer.set_state_precision(wanted)
                     one.kept.append(one.pieces())
@@ -246,7 +254,7 @@ def test_conversion_in_the_middle_of_a_training(before: str, how: str) -> None:
             one.step(step)
             one.kept.append(one.pieces())
 
-    check(3, {"state_precision": before}, life)
+    check(3, {"state_precision": before, "use_lr_mask": after == "4bit"}, life)
 
 
 def test_second_moments_that_are_made_of_means() -> None:
@@ -283,7 +291,7 @@ def test_second_moments_that_are_made_of_means() -> None:
 # -- homes, graphs, memory ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize("options", [{}, CHUNKS, FOUR], ids=["whole", "chunks", "4 bits"])
 def test_state_in_host_memory(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Transfers, "COPY_ALWAYS", True)
     check(3, {**options, "state_device": "cpu"}, six_steps)
@@ -357,7 +365,7 @@ class Lonely(ThreadLayout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize("options", [{}, CHUNKS, FOUR], ids=["whole", "chunks", "4 bits"])
 def test_compiled_as_eager(options: dict[str, Any]) -> None:
     """Graphs by shape, traced in full: ends of blocks, ends of rows, whole rows, and what is set aside."""
     found = []

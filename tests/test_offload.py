@@ -28,6 +28,7 @@ SHAPES = [(20, 16), (20, 16), (5,), (90, 100), (12, 8)]
 CASES: dict[str, tuple[type[HinaOptimizer], dict[str, Any]]] = {
     "adaptive": (HinaAdaptive, dict(lr=1e-3)),
     "adaptive 8bit": (HinaAdaptive, dict(lr=1e-3, state_precision="8bit", min_8bit_size=0)),
+    "adaptive 4bit": (HinaAdaptive, dict(lr=1e-3, state_precision="4bit", min_8bit_size=0)),
     "images bf16": (
         HinaAdaptive,
         dict(lr=1e-3, state_precision="bf16", edge_suppression=True, spatial_awareness=True, lora_rank_penalty=True),
@@ -445,7 +446,7 @@ def test_out_of_memory_while_hosted() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["adaptive", "adaptive 8bit", "came"])
+@pytest.mark.parametrize("name", ["adaptive", "adaptive 8bit", "adaptive 4bit", "came"])
 def test_on_a_gpu(name: str) -> None:
     """The same to the bit with streams and pinned memory, over steps that follow each other without a pause."""
     results = []

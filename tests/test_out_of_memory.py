@@ -27,6 +27,7 @@ WORDS = "CUDA out of memory. Tried to allocate some."
 CASES: dict[str, tuple[type[HinaOptimizer], dict[str, Any]]] = {
     "adaptive": (HinaAdaptive, dict(lr=1e-3)),
     "adaptive 8bit": (HinaAdaptive, dict(lr=1e-3, state_precision="8bit", min_8bit_size=0)),
+    "adaptive 4bit": (HinaAdaptive, dict(lr=1e-3, state_precision="4bit", min_8bit_size=0)),
     "images bf16": (
         HinaAdaptive,
         dict(lr=1e-3, state_precision="bf16", edge_suppression=True, lora_rank_penalty=True, rank_interval=1),

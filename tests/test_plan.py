@@ -25,7 +25,7 @@ from tests.processes import on_ranks
 from tests.shards import ThreadLayout, World
 from tests.test_engine_memory import peak
 
-PRECISIONS = ["fp32", "bf16", "8bit"]
+PRECISIONS = ["fp32", "bf16", "8bit", "4bit"]
 
 
 def held(optimizer: HinaOptimizer) -> dict[str, dict[str, int]]:

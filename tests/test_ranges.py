@@ -1,4 +1,4 @@
-"""How state in 8 bits is stored of flat ranges that begin and end anywhere: blocks, codes and scales of the whole."""
+"""How state in 8 and 4 bits is stored of flat ranges that begin and end anywhere: blocks, codes and scales of the whole."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hina_optim.state.blockwise import BlockCodec
+from hina_optim.state.blockwise import BlockCodec, LogCodec
 from hina_optim.state.codebooks import dynamic_tables
 from hina_optim.state.conversion import converted
-from hina_optim.state.precision import TensorCodec
-from hina_optim.state.ranges import RangeCodec, block_at, covering, cut_blocks, ends, local, span, within
+from hina_optim.state.precision import TensorCodec, decoded
+from hina_optim.state.ranges import RangeCodec, block_at, codes_of, covering, cut_blocks, ends, local, span, within
 from hina_optim.state.shard import Shard
 from hina_optim.state.signs import SignCodec
 
@@ -21,7 +21,8 @@ from hina_optim.state.signs import SignCodec
 @st.composite
 def ranges(draw: st.DrawFn) -> tuple[BlockCodec, tuple[int, int], int, int]:
     """A codec with small blocks, a shape, and a range of it."""
-    codec = BlockCodec(draw(st.booleans()), draw(st.sampled_from([1, 2, 3, 4, 8])), stochastic=draw(st.booleans()))
+    block, bits = draw(st.sampled_from([(1, 8), (2, 8), (3, 8), (4, 8), (8, 8), (2, 4), (4, 4), (8, 4)]))
+    codec = BlockCodec(draw(st.booleans()), block, stochastic=draw(st.booleans()), bits=bits, packed=bits == 4)
     shape = draw(st.integers(1, 5)), draw(st.integers(1, 17))
     a, b = sorted((draw(st.integers(0, shape[0] * shape[1])), draw(st.integers(0, shape[0] * shape[1]))))
     return codec, shape, a, b
@@ -44,8 +45,10 @@ def test_a_range_has_the_blocks_of_the_whole(case: tuple[BlockCodec, tuple[int, 
     block_of = torch.tensor([block_at(shape, codec.block, i) for i in range(shape[0] * shape[1])])
     here = RangeCodec.of(codec, shape, a, b)
     first, count = block_at(shape, codec.block, a), here.part_shape("_scale", (b - a,))[0]
-    codes, scales = whole[""].flatten(1)[:, a:b], whole["_scale"].flatten(1)[:, first : first + count]
-    assert torch.equal(here.decode({"": codes, "_scale": scales}), codec.decode(whole).flatten(1)[:, a:b])
+    every = codes_of(codec, whole[""], value.shape) if codec.packed else whole[""]
+    codes, scales = every.flatten(1)[:, a:b], whole["_scale"].flatten(1)[:, first : first + count]
+    values_here = here.decode({"": here.packed(codes), "_scale": scales})
+    assert torch.equal(values_here, decoded(codec, whole, value.shape).flatten(1)[:, a:b])
 
     values, noises = value.flatten(1)[:, a:b], None if noise is None else noise.flatten(1)[:, a:b]
     found = here.encode(values, noises)
@@ -53,7 +56,8 @@ def test_a_range_has_the_blocks_of_the_whole(case: tuple[BlockCodec, tuple[int, 
     partial = {int(i) for i in block_of[a:b] if int((block_of == i).sum()) > int((block_of[a:b] == i).sum())}
     assert {edge.scale + first for edge in here.edges} == partial
     inner = torch.tensor([int(i) not in partial for i in block_of[a:b]], dtype=torch.bool)
-    assert torch.equal(found[""][:, inner], codes[:, inner])
+    assert found[""].shape[1:] == here.part_shape("", (b - a,))
+    assert torch.equal(here.unpacked(found[""])[:, inner], codes[:, inner])
     whole_blocks = [i for i in range(count) if i + first not in partial]
     assert torch.equal(found["_scale"][:, whole_blocks], scales[:, whole_blocks])
     for edge in here.edges:
@@ -62,6 +66,13 @@ def test_a_range_has_the_blocks_of_the_whole(case: tuple[BlockCodec, tuple[int, 
         assert bool((found["_scale"][:, edge.scale : edge.scale + 1] <= scale).all()), "of a part of it"
         again = here.encode_edge(values[:, at], None if noises is None else noises[:, at], scale)
         assert torch.equal(again, codes[:, at])
+        piece, (first, last) = within(here, edge.begin, edge.end), span(here, "", edge.begin, edge.end)
+        assert isinstance(piece, RangeCodec)
+        stored = found[""].clone()
+        stored[:, first:last] = piece.overwritten(stored[:, first:last], codes[:, at])
+        expected = here.unpacked(found[""]).clone()
+        expected[:, at] = codes[:, at]
+        assert torch.equal(here.unpacked(stored), expected), "and no other"
     wide = covering(Shard(shape, a, b), codec.block)
     assert set(range(wide.start, wide.stop)) == {i for i, x in enumerate(block_of.tolist()) if x in block_of[a:b]}
 
@@ -72,18 +83,21 @@ def test_pieces_of_a_range(case: tuple[BlockCodec, tuple[int, int], int, int], m
     """Pieces begin with blocks and bytes, and hold what the range holds; signs, too."""
     codec, shape, a, b = case
     here = RangeCodec.of(codec, shape, a, b)
-    signs = local(SignCodec(), Shard(shape, a, b), (b - a,))
+    shared = [
+        local(one, Shard(shape, a, b), (b - a,))
+        for one in (SignCodec(), SignCodec(bits=1), LogCodec(0.1, 1.0, 2.0, bits=4, packed=True))
+    ]
     value, noise = drawn(codec, shape)
     values, noises = value.flatten(1)[:, a:b], None if noise is None else noise.flatten(1)[:, a:b]
-    step = torch.tensor([here.columns, 4]).prod()
-    pieces = [0, *ends(a, b - a, most, (here, signs))]
+    step = here.columns * 8
+    pieces = [0, *ends(a, b - a, most, (here, *shared))]
     assert pieces[-1] == b - a and all(x < y for x, y in pairwise(pieces[:-1]))
-    assert all(y - x <= max(most, int(step), 4096) for x, y in pairwise(pieces))
-    for one, data in ((here, values), (signs, values.sign())):
+    assert all(y - x <= max(most, step, 4096) for x, y in pairwise(pieces))
+    for one, data in ((here, values), *((one, values.sign()) for one in shared)):
         stored = one.encode(data, noises if one is here else None)
         for begin, end in pairwise(pieces):
             part = within(one, begin, end).encode(
-                data[:, begin:end], None if noises is None or one is signs else noises[:, begin:end]
+                data[:, begin:end], None if noises is None or one is not here else noises[:, begin:end]
             )
             for suffix, held in part.items():
                 assert torch.equal(held, stored[suffix][:, slice(*span(one, suffix, begin, end))])

@@ -46,7 +46,9 @@ class TestProfiles:
     @pytest.mark.parametrize("name", PROFILES)
     def test_every_value_can_be_overridden(self, name):
         for key, value in PROFILES[name].items():
-            other = not value if isinstance(value, bool) else value / 2 + 0.01 if isinstance(value, float) else 2048
+            other: object = value / 2 + 0.01 if isinstance(value, float) else 2048
+            if isinstance(value, (bool, str)):
+                other = "bf16" if isinstance(value, str) else not value
             optimizer = Automagic_CameAMP_Improved_8Bit(image_model().parameters(), profile=name, **{key: other})
             assert optimizer.param_groups[0][key] == other
 

@@ -31,7 +31,7 @@ SOME: list[Where] = [
 ]
 #: How far the weights may be from the uninterrupted run after five more steps, relative to how far they moved: sums are
 #: rounded otherwise.
-FAR = {"fp32": 1e-4, "bf16": 1e-4, "8bit": 1e-4}
+FAR = {"fp32": 1e-4, "bf16": 1e-4, "8bit": 1e-4, "4bit": 1e-4}
 LIMIT = 300.0
 
 
@@ -111,11 +111,11 @@ def test_what_one_engine_saved_another_goes_on_with(saved: Saved, to: Where, tmp
 
 @pytest.mark.parametrize(
     ("to", "kind"),
-    [(("one", 1), "8bit"), (("fsdp1", 2), "8bit"), (("zero3", 2), "8bit")],
-    ids=["one", "fsdp1", "zero3"],
+    [(("one", 1), "8bit"), (("fsdp1", 2), "8bit"), (("zero3", 2), "8bit"), (("one", 1), "4bit"), (("fsdp1", 2), "4bit")],
+    ids=["one", "fsdp1", "zero3", "one, 4 bits", "fsdp1, 4 bits"],
 )
-def test_state_in_16_and_8_bits(saved: Saved, to: Where, kind: str, tmp_path: Path) -> None:
-    """To the bit everywhere: also where flat partitions cut blocks of 8 bits."""
+def test_state_in_8_and_4_bits(saved: Saved, to: Where, kind: str, tmp_path: Path) -> None:
+    """To the bit everywhere: also where flat partitions cut blocks and bytes."""
     check(saved, to, [("one", 1), ("fsdp2", 2), ("fsdp1", 2)], kind, tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_every_pair(saved: Saved, to: Where, tmp_path: Path) -> None:
 
 
 @pytest.mark.sharded
-@pytest.mark.parametrize("kind", ["bf16", "8bit"])
+@pytest.mark.parametrize("kind", ["bf16", "8bit", "4bit"])
 @pytest.mark.parametrize("to", SOME, ids=lambda w: f"{w[0]}-{w[1]}")
 def test_pairs_with_state_in_16_and_8_bits(saved: Saved, to: Where, kind: str, tmp_path: Path) -> None:
     check(saved, to, SOME, kind, tmp_path)

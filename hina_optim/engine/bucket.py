@@ -20,7 +20,6 @@ from hina_optim.state.conversion import converted
 from hina_optim.state.precision import Codec, Storage, compute_dtype, decoded
 from hina_optim.state.ranges import Edge, RangeCodec, codec_here, cut_blocks, span, within
 from hina_optim.state.regions import fits, neighbors
-from hina_optim.state.signs import SignCodec
 from hina_optim.state.slot import Slot
 from hina_optim.techniques.base import ParamInfo, Technique
 
@@ -119,7 +118,7 @@ class Bucket:
             if each > 1 and not fits(shard, self.key.local_shape, each):
                 raise RuntimeError(
                     f"{self.members[0].name} {shard.shape} is cut between columns, {self.key.local_shape} here, which "
-                    f"cuts the blocks of {each} elements in which 8 bits store {name!r}: shard it along "
+                    f"cuts the blocks of {each} elements in which {name!r} is stored: shard it along "
                     f"dimension 0, in multiples of {each} columns, or give its group state_precision='bf16'."
                 )
 
@@ -138,7 +137,7 @@ class Bucket:
     def in_ranges(self) -> bool:
         """Whether it is cut into chunks between what shares scales and bytes in a flat range."""
         return len(self.key.local_shape) == 1 and any(
-            isinstance(codec, (RangeCodec, SignCodec)) for codec in self.codecs.values()
+            isinstance(codec, RangeCodec) or codec.per_byte > 1 for codec in self.codecs.values()
         )
 
     @property

@@ -35,7 +35,7 @@ class Housing:
         """Bytes of optimizer state held now; with ``precision``, what they would be in that one.
 
         Args:
-            precision: One of ``"fp32"``, ``"bf16"``, ``"8bit"``, or None for what is.
+            precision: One of ``"fp32"``, ``"bf16"``, ``"8bit"``, ``"4bit"``, or None for what is.
         """
         return self._buckets.state_bytes(precision)
 
@@ -44,7 +44,7 @@ class Housing:
         """Convert the state in place, one slot of one bucket at a time, and keep it so from now on.
 
         Args:
-            precision: ``"fp32"``, ``"bf16"`` or ``"8bit"``.
+            precision: ``"fp32"``, ``"bf16"``, ``"8bit"`` or ``"4bit"``.
 
         Returns:
             Bytes given back (negative when the state grew).

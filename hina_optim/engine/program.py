@@ -274,7 +274,7 @@ class Program:
         for name in self.cut_slots:
             codec = rules.codecs[name]
             if f"{name}.value" in aside and isinstance(codec, RangeCodec):
-                before = set_aside(name, codec, stored[name], None, stored[name + "_scale"])
+                before = set_aside(name, codec, codec.unpacked(stored[name]), None, stored[name + "_scale"])
                 found |= {f"{name}.codes": before[f"{name}.value"], f"{name}.scales": before[f"{name}.scale"]}
         return found
 

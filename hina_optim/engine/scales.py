@@ -1,4 +1,4 @@
-"""Scales of 8-bit blocks of which several ranks have a part: agreed on, so that they are those of one process.
+"""Scales of blocks of which several ranks have a part: agreed on, so that they are those of one process.
 
 Flat partitions (FSDP1, ZeRO) cut parameters anywhere, also within a block. Each rank finds the scale of its part, and
 the largest of them is the whole block's. In a step, and where state is converted, a rank stores its part by its own
@@ -23,7 +23,7 @@ from hina_optim.engine.layout import Layout
 from hina_optim.engine.rules import Values, chosen
 from hina_optim.engine.transfers import Transfers
 from hina_optim.state.precision import Storage
-from hina_optim.state.ranges import Edge, RangeCodec, block_at, codec_here, cut_blocks
+from hina_optim.state.ranges import Edge, RangeCodec, block_at, codec_here, cut_blocks, span, within
 
 if TYPE_CHECKING:
     from hina_optim.engine.bookkeeping import Buckets
@@ -112,16 +112,41 @@ def _again(cell: Cell, values: Values, name: str, scales: Tensor) -> Writes:
     whole = bucket.codecs[name]
     assert isinstance(whole, RangeCodec)
     writes: Writes = []
+    again: list[tuple[int, Tensor]] = []
     for i, (edge, place) in enumerate(edges):
         here = slice(at, at + edge.end - edge.begin)
         scale, noise = scales[rows, place : place + 1], values.get(f"{name}.noise")
         codes = codec.encode_edge(values[f"{name}.value"][:, here], None if noise is None else noise[:, here], scale)
         ok, at = values["ok"] > 0, here.stop
-        home = bucket.storage[name][rows, begin + edge.begin : begin + edge.end]
-        writes.append((home, chosen(ok, codes, values[f"{name}.codes"][:, here])))
+        again.append((begin + edge.begin, chosen(ok, codes, values[f"{name}.codes"][:, here])))
         first = whole.place(begin + edge.begin)
         home = bucket.storage[name + "_scale"][rows, first : first + 1]
         writes.append((home, chosen(ok, scale, values[f"{name}.scales"][:, i : i + 1])))
+    return writes + _codes_again(whole, bucket.storage[name][rows], again)
+
+
+def _codes_again(codec: RangeCodec, home: Tensor, found: Sequence[tuple[int, Tensor]]) -> Writes:
+    """Codes of edges, to where they are stored.
+
+    Args:
+        codec: How it is stored.
+        home: Codes of all that is here, ``[N, …]``.
+        found: Of each edge, in order, its first element, and its codes ``[N, m]``.
+    """
+    writes: Writes = []
+    end = 0
+    for begin, codes in found:
+        first, last = span(codec, "", begin, begin + codes.shape[1])
+        piece = within(codec, begin, begin + codes.shape[1])
+        assert isinstance(piece, RangeCodec)
+        to, new = home[:, first:last], codes
+        if codec.per_byte > 1:
+            old = to.to(codes.device)
+            if first < end:  # two edges share a byte, and the one before is not written yet
+                old = torch.cat([writes[-1][1][:, -1:], old[:, 1:]], 1)
+            new = piece.overwritten(old, codes)
+        writes.append((to, new))
+        end = last
     return writes
 
 
@@ -198,14 +223,18 @@ def _again_stored(
     """
     writes: Writes = []
     at = 0
+    found: list[tuple[int, Tensor]] = []
     for edge, scale in edges:
-        held, code = scales[edge.scale : edge.scale + 1], codes[edge.begin : edge.end]
-        old, before = held.to(scale.device), code.to(scale.device)
-        value = codec.blocks.levels(before) * old if values is None else values[at : at + len(code)]
-        at += len(code)
-        again = codec.encode_edge(value[None], None, scale.view(1, 1))[0]
-        writes += [(code, torch.where(scale == old, before, again)), (held, scale.view(1))]
-    return writes
+        held, piece = scales[edge.scale : edge.scale + 1], within(codec, edge.begin, edge.end)
+        assert isinstance(piece, RangeCodec)
+        here = slice(*span(codec, "", edge.begin, edge.end))
+        old, before = held.to(scale.device), piece.unpacked(codes[None, here].to(scale.device))
+        value = codec.blocks.levels(before[0]) * old if values is None else values[at : at + piece.numel]
+        at += piece.numel
+        again = codec.encode_edge(value[None], None, scale.view(1, 1))
+        found.append((edge.begin, torch.where(scale == old, before, again)))
+        writes.append((held, scale.view(1)))
+    return writes + _codes_again(codec, codes[None], found)
 
 
 def _loose(buckets: Buckets) -> dict[tuple[Tensor, str], Tensor]:

@@ -54,7 +54,7 @@ class ImprovedOptimizerConfig:
     context_window: int = 30
     adaptation_rate: float = 0.25
     max_buffer_memory_mb: int = 500
-    state_precision: Literal["fp32", "bf16", "8bit"] | None = None
+    state_precision: Literal["fp32", "bf16", "8bit", "4bit"] | None = None
     min_8bit_size: int = 4096
     force_8bit: bool = False
     state_device: Literal["cpu"] | None = None

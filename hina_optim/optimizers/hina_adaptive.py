@@ -113,7 +113,7 @@ class HinaAdaptive(Family):
         use_loss_context: bool = False,
         context_window: int = 30,
         adaptation_rate: float = 0.25,
-        state_precision: Literal["fp32", "bf16", "8bit"] | None = None,
+        state_precision: Literal["fp32", "bf16", "8bit", "4bit"] | None = None,
         min_8bit_size: int = 4096,
         force_8bit: bool = False,
         state_device: Literal["cpu"] | None = None,

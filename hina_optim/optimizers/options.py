@@ -215,15 +215,16 @@ OPTIONS: dict[str, Option] = {
     ),
     "state_precision": Option(
         ENGINE_RULES["state_precision"],
-        '"fp32", "bf16" (rounded stochastically) or "8bit" (blocks of 256 within a row, learning-rate masks on a '
-        "logarithmic scale, signs beside blocks in two bits) for moments, masks and running averages; None: what the "
-        "class is named for. Other signs are int8, the first weights have the parameter's dtype, small statistics stay "
-        "in fp32.",
+        '"fp32", "bf16" (rounded stochastically), "8bit" (blocks of 256 within a row, learning-rate masks on a '
+        'logarithmic scale, signs beside blocks in two bits) or "4bit" (the first moment in 4 bits and blocks of 128, '
+        "masks on 16 levels, signs in one bit, the rest as in 8 bits) for moments, masks and running averages; None: "
+        "what the class is named for. Other signs are int8, the first weights have the parameter's dtype, small "
+        "statistics stay in fp32.",
     ),
     "min_8bit_size": Option(
-        rule.COUNT, "Elements of the whole parameter below which 8-bit state is kept in bf16 or fp32, ≥ 0."
+        rule.COUNT, "Elements of the whole parameter below which state of 8 or 4 bits is kept in bf16 or fp32, ≥ 0."
     ),
-    "force_8bit": Option(rule.FLAG, "Store in 8 bits whatever can be, whatever its size and the length of its rows."),
+    "force_8bit": Option(rule.FLAG, "Store in 8 bits, or 4, whatever can be, whatever its size and the length of its rows."),
     "state_device": Option(
         ENGINE_RULES["state_device"],
         '"cpu": moments, masks and all other state of the parameters\' shapes live in (pinned) host memory; a step '

@@ -1,8 +1,10 @@
-"""State in 8 bits: blocks with a scale, and levels on a log scale.
+"""State in 8 and in 4 bits: blocks with a scale, and levels on a log scale.
 
 All codecs are element-wise but for the scale of a block, and blocks lie inside a row of the matrix view (first
 dimension × all others; a vector is one row): a range of rows is a range of every part. They take ``[N, *shape]`` or
-any range of its rows; :class:`~hina_optim.state.ranges.RangeCodec` takes any flat range.
+any range of its rows; :class:`~hina_optim.state.ranges.RangeCodec` takes any flat range. Codes of 4 bits are two to a
+byte where they are *packed* (:mod:`hina_optim.state.packing`): every row begins with a byte, and what does not fill its
+last one comes back with something behind it, which :func:`~hina_optim.state.precision.decoded` takes off.
 
 Codes are found by one table look-up (:mod:`hina_optim.state.codebooks`). On one CPU core, encoding takes about 3 ns
 an element (6 ns with noise) and decoding 1 ns, where the kernels of bitsandbytes take 6 and 0.5 ns.
@@ -17,11 +19,12 @@ import torch
 from torch import Tensor
 
 from hina_optim.state.codebooks import CELL_BITS, Tables, dynamic_tables, log_tables
+from hina_optim.state.packing import pack, packed_length, unpack
 
 __all__ = ["SMALLEST_SCALE", "BlockCodec", "LogCodec", "scale_"]
 
-#: The lowest level of the signed map.
-LOWEST = -0.992968738079071
+#: The lowest level of the signed map, by bits.
+LOWEST = {8: -0.992968738079071, 4: -0.8875}
 #: A scale below this counts as this one where it is divided by: its reciprocal must be finite.
 SMALLEST_SCALE = 1e-38
 
@@ -38,6 +41,12 @@ def _line_shape(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
     if len(shape) < 2:
         return (-(-torch.Size(shape).numel() // size),)
     return (shape[0], -(-torch.Size(shape[1:]).numel() // size))
+
+
+def _packed_shape(shape: tuple[int, ...], bits: int, lead: int = 0) -> tuple[int, ...]:
+    """Shape of packed codes: rows (none of a vector) and bytes of a row."""
+    row = int(torch.Size(shape[1:] if len(shape) > 1 else shape).numel())
+    return (*(shape[:1] if len(shape) > 1 else ()), packed_length(row, bits, lead))
 
 
 def _extremes(lines: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -110,13 +119,14 @@ def _promote(value: Tensor, codes: Tensor, tables: Tables, noise: Tensor | None)
 class BlockCodec:
     """8 bits an element and a float32 scale a block: ``x ≈ scale · level[code]``, ``scale = max |x|`` of the block.
 
-    The levels are the dynamic map of bitsandbytes; scales, codes and decoded values are those of its device-independent
-    kernel, bit for bit: the nearest level of ``x · (1/scale)``, the lower one in a tie. (Its kernel for float32 on CPUs
+    In 8 bits the levels are the dynamic map of bitsandbytes; scales, codes and decoded values are those of its
+    device-independent kernel, bit for bit: the nearest level of ``x · (1/scale)``, the lower one in a tie. (Its kernel for float32 on CPUs
     finds codes in a table of 65536 equal steps; there, zero comes back as 2e-5 of the largest value of its block.)
 
     The error is at most 0.7 % of the block's largest value (0.35 % unsigned). Relative to a value of 0.1 … 1 of the
     largest it is at most 6.2 % (3.3 %), and in each decade below at most twice that of the one above. The largest value
-    is exact unless it is negative: -1 is not among the levels, and comes back as -0.993. Zero is exact. A block of
+    is exact unless it is negative: -1 is not among the levels, and comes back as -0.993 (where it is rounded at random,
+    and in 4 bits, whose lowest level is -0.8875, the scale is larger instead). Zero is exact. A block of
     zeros has scale 0 and comes back as zeros; one whose largest value is below 1e-38 comes back smaller than it was. A
     value that is not finite spoils its own block and no other.
 
@@ -126,6 +136,8 @@ class BlockCodec:
         compute: dtype of decoded values.
         stochastic: Round to one of the two levels around a value at random, so that the expected value is exact. An
             average then keeps moving by less than the distance of two levels, where rounding to the nearest stops it.
+        bits: Of a code, 8 or 4. In 4 the error is at most 12 % of the block's largest value.
+        packed: Codes of 4 bits are two to a byte, not one.
 
     Source: 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 2.
     """
@@ -134,11 +146,19 @@ class BlockCodec:
     block: int = 256
     compute: torch.dtype = torch.float32
     stochastic: bool = False
+    bits: int = 8
+    packed: bool = False
     by_rows: ClassVar[bool] = True
+    lead: ClassVar[int] = 0
     _tables: Tables = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_tables", dynamic_tables(self.signed))
+        object.__setattr__(self, "_tables", dynamic_tables(self.signed, self.bits))
+
+    @property
+    def per_byte(self) -> int:
+        """Codes in a byte."""
+        return 8 // self.bits if self.packed else 1
 
     @property
     def parts(self) -> dict[str, torch.dtype]:
@@ -146,8 +166,13 @@ class BlockCodec:
         return {"": torch.uint8, "_scale": torch.float32}
 
     def part_shape(self, suffix: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The value's own shape for codes; ``(rows, blocks of a row)`` for scales, ``(blocks,)`` of a vector."""
-        return shape if suffix == "" else _line_shape(shape, self.block)
+        """The value's own shape for codes; ``(rows, blocks of a row)`` for scales, ``(blocks,)`` of a vector.
+
+        Packed codes are ``(rows, bytes of a row)``, ``(bytes,)`` of a vector.
+        """
+        if suffix:
+            return _line_shape(shape, self.block)
+        return _packed_shape(shape, self.bits) if self.packed else shape
 
     @property
     def noisy(self) -> bool:
@@ -156,7 +181,9 @@ class BlockCodec:
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """``scale · level[code]``."""
-        codes, scale = parts[""], parts["_scale"]
+        scale = parts["_scale"]
+        codes = unpack(parts[""], self.bits) if self.packed else parts[""]
+        # what fills the last byte of an odd row counts to its last block: blocks are even
         lines = scale_(self.levels(_lines(codes)), scale, self.block)
         return lines.reshape(codes.shape).to(self.compute)
 
@@ -169,7 +196,8 @@ class BlockCodec:
         lines = _lines(value).to(torch.float32)
         scale = self.scales(lines, noise is not None)
         unit = _times(lines, 1 / scale.clamp(min=SMALLEST_SCALE), self.block)
-        return {"": self.codes(unit, noise).reshape(value.shape), "_scale": scale}
+        codes = self.codes(unit, noise)
+        return {"": pack(codes, self.bits) if self.packed else codes.reshape(value.shape), "_scale": scale}
 
     def scales(self, lines: Tensor, by_chance: bool) -> Tensor:
         """Scales of the blocks of rows, float32 ``[…, columns]`` → ``[…, blocks]``: a block's is its parts' largest.
@@ -179,8 +207,9 @@ class BlockCodec:
             by_chance: Whether they will be rounded at random.
         """
         largest, smallest = _extremes(lines, self.block)
-        # an average that is stored again and again must not lose the 0.7 % by which the lowest level falls short of -1
-        lowest = LOWEST if self.signed and by_chance else -1.0
+        # an average that is stored again and again must not lose the 0.7 % by which the lowest level falls short of -1,
+        # let alone the 11 % of 4 bits
+        lowest = LOWEST[self.bits] if self.signed and (by_chance or self.bits < 8) else -1.0
         return torch.maximum(largest, smallest / lowest).abs()
 
     def codes(self, unit: Tensor, noise: Tensor | None) -> Tensor:
@@ -197,10 +226,11 @@ class BlockCodec:
 
 @dataclass(frozen=True)
 class LogCodec:
-    """8 bits an element for values in ``[low, high]`` that begin at ``start``: 256 levels on a log scale.
+    """8 or 4 bits an element for values in ``[low, high]`` that begin at ``start``: 256 or 16 levels on a log scale.
 
     The three arguments are levels, exactly; the others are :func:`~hina_optim.state.codebooks.log_levels`: for 1e-7,
-    1e-4 and 1e-3, they lie 1 % apart at the upper end, 1.9 % at the start, and less than 2e-6 below it. With noise, a
+    1e-4 and 1e-3, they lie 1 % apart at the upper end, 1.9 % at the start, and less than 2e-6 below it (in 4 bits 19 %,
+    37 %, and 3e-5). With noise, a
     value becomes one of the two levels around it so that the expected value is exact, and a level stays what it is:
     what does not change is never moved by being stored. Values beyond the ends become the ends.
 
@@ -209,6 +239,9 @@ class LogCodec:
         start: First value.
         high: Largest value.
         compute: dtype of decoded values.
+        bits: Of a code, 8 or 4.
+        packed: Codes of 4 bits are two to a byte, not one.
+        lead: Of a flat range, how many codes its first byte has place for before the first of them.
 
     Raises:
         ValueError: Not ``0 < low <= start <= high < inf``.
@@ -218,11 +251,24 @@ class LogCodec:
     start: float
     high: float
     compute: torch.dtype = torch.float32
-    by_rows: ClassVar[bool] = False
+    bits: int = 8
+    packed: bool = False
+    lead: int = 0
     _tables: Tables = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_tables", log_tables(float(self.low), float(self.start), float(self.high)))
+        tables = log_tables(float(self.low), float(self.start), float(self.high), self.bits)
+        object.__setattr__(self, "_tables", tables)
+
+    @property
+    def per_byte(self) -> int:
+        """Codes in a byte."""
+        return 8 // self.bits if self.packed else 1
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows begin with a byte."""
+        return self.packed
 
     @property
     def parts(self) -> dict[str, torch.dtype]:
@@ -230,8 +276,8 @@ class LogCodec:
         return {"": torch.uint8}
 
     def part_shape(self, suffix: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The value's own shape."""
-        return shape
+        """The value's own shape; of packed codes ``(rows, bytes of a row)``, ``(bytes,)`` of a vector."""
+        return _packed_shape(shape, self.bits, self.lead) if self.packed else shape
 
     @property
     def noisy(self) -> bool:
@@ -240,7 +286,7 @@ class LogCodec:
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """``level[code]``."""
-        codes = parts[""]
+        codes = unpack(parts[""], self.bits) if self.packed else parts[""]
         return _look_up(self._tables.on(codes.device).levels, codes.to(torch.int32)).to(self.compute)
 
     def encode(self, value: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
@@ -253,5 +299,5 @@ class LogCodec:
             codes = torch.bucketize(inside, tables.levels[1:], out_int32=True, right=True)
         else:
             codes = _codes(tables.floor, bits - tables.first, tables.shift)
-        codes = _promote(inside, codes, tables, noise)
-        return {"": codes.to(torch.uint8)}
+        codes = _promote(inside, codes, tables, noise).to(torch.uint8)
+        return {"": pack(_lines(codes), self.bits, self.lead) if self.packed else codes}

@@ -1,4 +1,4 @@
-"""The 256 values of an 8-bit code, and tables that find a value's code with a single look-up.
+"""The values of codes of 8 and 4 bits, and tables that find a value's code with a single look-up.
 
 The bits of floats, read as integers, are in the order of the values. Cut into cells of ``2^shift`` values so small that
 at most one boundary between two codes falls into a cell, one table entry a cell holds the code at its beginning and the
@@ -27,26 +27,27 @@ CELL_BITS = 16
 MOST_CELLS = 1 << 17
 
 
-def dynamic_map(signed: bool) -> Tensor:
-    """The values of the dynamic 8-bit data type, ascending, float32 ``[256]``; the largest is 1.
+def dynamic_map(signed: bool, bits: int = 8) -> Tensor:
+    """The values of the dynamic data type, ascending, float32 ``[2^bits]``; the largest is 1.
 
-    For every exponent ``e`` from -6 to 0 these are centers of equal intervals of ``[0.1, 1]·10^e``: ``2^(6+e)`` of
-    them with a sign on either side of zero, ``2^(7+e)`` without. Zero and one are exact; -1 is not among them.
+    For every exponent ``e`` from ``2 - bits`` to 0 these are centers of equal intervals of ``[0.1, 1]·10^e``:
+    ``2^(bits-2+e)`` of them with a sign on either side of zero, ``2^(bits-1+e)`` without. Zero and one are exact; -1 is
+    not among them.
 
-    Source: 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 2.2 and appendix; bit for bit the
-    map of bitsandbytes.
+    Source: 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 2.2 and appendix; in 8 bits bit for
+    bit the map of bitsandbytes. In 4: Memory Efficient Optimizers with 4-bit States (arXiv 2309.01507).
     """
     levels = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
-    for exponent in range(-6, 1):
-        count = 2 ** (6 + exponent) if signed else 2 ** (7 + exponent)
+    for exponent in range(2 - bits, 1):
+        count = 2 ** (bits - 2 + exponent) if signed else 2 ** (bits - 1 + exponent)
         edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float32)
         centers = (edges[1:] + edges[:-1]) / 2 * 10.0**exponent
         levels += [centers, -centers] if signed else [centers]
     return torch.cat(levels).sort().values
 
 
-def log_levels(low: float, start: float, high: float) -> Tensor:
-    """Up to 256 ascending float32 values between ``low`` and ``high``, at equal steps of ``log(x + start)``.
+def log_levels(low: float, start: float, high: float, bits: int = 8) -> Tensor:
+    """Up to ``2^bits`` ascending float32 values between ``low`` and ``high``, at equal steps of ``log(x + start)``.
 
     Above ``start`` they lie at nearly equal ratios, below it at nearly equal distances: what moves by bumps of one size
     is followed equally well from ``start`` down to zero. All three arguments are among the values, exactly: the steps
@@ -56,19 +57,21 @@ def log_levels(low: float, start: float, high: float) -> Tensor:
         low: Smallest value, > 0.
         start: Value between the ends.
         high: Largest value.
+        bits: Of a code.
 
     Raises:
         ValueError: Not ``0 < low <= start <= high < inf``.
     """
+    most = 2**bits - 1
     if not 0 < low <= start <= high < math.inf:
         raise ValueError(f"log levels: low={low}, start={start}, high={high} must be 0 < low <= start <= high < inf.")
     first, middle, last = (math.log1p(x / start) for x in (low, start, high))
     if first < middle < last:
-        steps = min(max(round(255 * (middle - first) / (last - first)), 1), 254)
+        steps = min(max(round(most * (middle - first) / (last - first)), 1), most - 1)
     else:
-        steps = 255 if first < middle else 0
+        steps = most if first < middle else 0
     below = torch.linspace(first, middle, steps + 1, dtype=torch.float64)
-    above = torch.linspace(middle, last, 256 - steps, dtype=torch.float64)
+    above = torch.linspace(middle, last, most + 1 - steps, dtype=torch.float64)
     levels = torch.cat([below[:-1], above]).expm1() * start
     levels[0], levels[-1], levels[steps] = low, high, start
     # rounding may have led a neighbor of an end past it, or onto another level
@@ -123,7 +126,7 @@ class Tables:
     """Constants of a code.
 
     Attributes:
-        levels: float32, up to 256, ascending.
+        levels: float32, up to ``2^bits``, ascending.
         per_gap: One over the distance to the next level, float32; 0 at the last level.
         floor: Look-up of the last level that is not above a value, int32 ``[cells]``.
         nearest: Look-up of the nearest level, int32 ``[cells]``; a tie takes the lower one.
@@ -160,11 +163,11 @@ def _per_gap(levels: Tensor) -> Tensor:
     return torch.cat([1 / levels.diff(), levels.new_zeros(1)]).clamp(max=torch.finfo(torch.float32).max)
 
 
-@lru_cache(maxsize=2)
-def dynamic_tables(signed: bool) -> Tables:
+@lru_cache(maxsize=4)
+def dynamic_tables(signed: bool, bits: int = 8) -> Tables:
     """Tables of :func:`dynamic_map`."""
     with torch.device("cpu"):  # whatever the default device is at the time
-        levels = dynamic_map(signed)
+        levels = dynamic_map(signed, bits)
         floor = unit_table(order(levels[1:]))
         # a value above the middle of two levels takes the upper one
         nearest = unit_table(order((levels[1:] + levels[:-1]) / 2) + 1)
@@ -172,10 +175,10 @@ def dynamic_tables(signed: bool) -> Tables:
 
 
 @lru_cache(maxsize=256)
-def log_tables(low: float, start: float, high: float) -> Tables:
+def log_tables(low: float, start: float, high: float, bits: int = 8) -> Tables:
     """Tables of :func:`log_levels`; the nearest level is not looked up."""
     with torch.device("cpu"):
-        levels = log_levels(low, start, high)
+        levels = log_levels(low, start, high, bits)
         per_gap, places = _per_gap(levels), order(levels)
         first, last = int(places[0]), int(places[-1])
         shift = cell_shift(places)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from hina_optim.state.precision import Codec, decoded
-from hina_optim.state.ranges import ends, span, within
+from hina_optim.state.ranges import codes_of, ends, span, within
+from hina_optim.state.signs import SignCodec
 
-__all__ = ["PIECE", "Piece", "converted", "pieces"]
+__all__ = ["PIECE", "Piece", "converted", "pieces", "spread_out"]
 
 #: Elements that are decoded at once, about.
 PIECE = 1 << 20
@@ -79,6 +80,25 @@ def pieces(n: int, shape: tuple[int, ...], codecs: Sequence[Codec] = (), start: 
     for first in range(0, shape[0], each):
         last = min(first + each, shape[0])
         yield Piece(slice(0, 1), first, last, (1, last - first, *shape[1:]))
+
+
+def spread_out(codec: Codec, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype, start: int = 0) -> Tensor:
+    """Codes that share bytes → one a byte; of signs, the signs themselves.
+
+    Args:
+        codec: How they are stored.
+        stored: ``[N, …]``.
+        shape: Of one value, without the batch dimension.
+        dtype: Of the result, ``[N, *shape]``.
+        start: Of a flat range, global flat index of its first element.
+    """
+    fresh = torch.empty((stored.shape[0], *shape), dtype=dtype, device=stored.device)
+    for piece in pieces(stored.shape[0], shape, (codec,), start):
+        one, part = piece.codec(codec), piece.of(codec, "", stored)
+        signs = isinstance(codec, SignCodec)
+        codes = decoded(one, {"": part}, piece.shape) if signs else codes_of(one, part, piece.shape)
+        fresh[piece.batch, piece.first : piece.last].copy_(codes)
+    return fresh
 
 
 def converted(

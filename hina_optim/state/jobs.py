@@ -12,10 +12,11 @@ from torch import Tensor
 
 from hina_optim.state.blockwise import BlockCodec, LogCodec
 from hina_optim.state.conversion import converted
-from hina_optim.state.portable import COUNTERS, Metadata, codec_of, form_of, saved_as, slots_of
+from hina_optim.state.portable import BLOCKS, COUNTERS, LEVELS, Metadata, codec_of, form_of, saved_as, slots_of
 from hina_optim.state.precision import Codec, Storage, TensorCodec, codec_for
 from hina_optim.state.ranges import covering
 from hina_optim.state.ranges import local as local_codec
+from hina_optim.state.ranges import stored_codes
 from hina_optim.state.regions import Box, block_boxes, covering_scales, decode_elements, fits, neighbors, numel, whole
 
 if TYPE_CHECKING:
@@ -167,10 +168,10 @@ class Receiver:
     def _range(self, name: str, source: Codec, target: Codec, home: torch.device) -> None:
         """A flat range. What it has a part of only is read whole where it is encoded: alike on all ranks."""
         shard = self.member.shard
-        direct = saved_as(target) is target and form_of(source) == form_of(target)
+        made, direct = _made(source, target)
         wide = covering(shard, target.block) if isinstance(target, BlockCodec) and not direct else shard
         shape = (wide.numel,)
-        old, new = local_codec(source, wide, shape), local_codec(target, wide, shape)
+        old, new = local_codec(source, wide, shape), local_codec(made, wide, shape)
         reads = [self._read(name, source, "", tuple(wide.boxes()), home)]
         if isinstance(source, BlockCodec):
             reads.append(self._read(name, source, "_scale", covering_scales(wide, source), home))
@@ -181,6 +182,8 @@ class Receiver:
             parts = stored if direct else converted(old, new, stored, shape, wide.start)
             if wide.numel > shard.numel:
                 parts[""] = parts[""][:, before : before + shard.numel].clone()
+            if made != target:
+                parts[""] = stored_codes(local_codec(target, shard, (shard.numel,)), parts[""])
             return {name + suffix: part[0] for suffix, part in parts.items()}
 
         self.jobs.append(Job(self.member.param, tuple(reads), build))
@@ -193,7 +196,7 @@ class Receiver:
         if shard.slices is not None and each > 1 and not fits(shard, local, each):
             raise ValueError(
                 f"{self.owner}: {self.name} {shard.shape} is cut between columns, {local} here, which cuts the blocks "
-                f"of {each} elements in which 8 bits store {name!r}: give its group state_precision='bf16', or "
+                f"of {each} elements in which {name!r} is stored: give its group state_precision='bf16', or "
                 "shard it along dimension 0."
             )
 
@@ -204,7 +207,8 @@ class Receiver:
             whole_blocks = scales is not None
             covered = covering_scales(shard, source) if scales is None else scales
             reads.append(self._read(name, source, "_scale", covered, home))
-        direct = whole_blocks and saved_as(target) is target and form_of(source) == form_of(target)
+        made, same = _made(source, target)
+        direct = whole_blocks and same
 
         def build(values: Sequence[Tensor]) -> dict[str, Tensor]:
             if isinstance(source, BlockCodec) and not whole_blocks:
@@ -214,10 +218,20 @@ class Receiver:
                 old = source
                 shapes = {suffix: source.part_shape(suffix, local) for suffix in source.parts}
                 stored = {s: v.view(1, *shapes[s]) for s, v in zip(source.parts, values, strict=True)}
-            parts = stored if direct else converted(old, target, stored, local)
+            parts = stored if direct else converted(old, made, stored, local)
+            if made != target:
+                parts[""] = stored_codes(target, parts[""])
             return {name + suffix: part[0] for suffix, part in parts.items()}
 
         self.jobs.append(Job(param, tuple(reads), build))
+
+
+def _made(source: Codec, target: Codec) -> tuple[Codec, bool]:
+    """What is made of what was read, before codes share bytes; and whether it is that already."""
+    if isinstance(target, SignCodec):
+        return target, False
+    made = saved_as(target)
+    return made, form_of(source) == form_of(made)
 
 
 def _check_code(what: str, slot: Slot, source: Codec) -> None:
@@ -237,4 +251,8 @@ def _words(form: Metadata) -> str:
     """How state of a form is called."""
     if "decoded" in form:
         return f"decoded {_words(form['decoded'])}"
-    return {"blocks": "8-bit blocks", "levels": "8-bit levels"}.get(form["form"]) or str(form["dtype"])
+    for names, kind in ((BLOCKS, "blocks"), (LEVELS, "levels")):
+        for bits, name in names.items():
+            if form["form"] == name:
+                return f"{bits}-bit {kind}"
+    return str(form["dtype"])

@@ -4,8 +4,8 @@
 the tensor that one process with everything whole would store. :func:`hina_optim.state.receiving.receiving` checks
 metadata against an optimizer and says which boxes it needs; whoever stores the pieces reads those and hands them over.
 
-A number is saved as it is stored, with one exception. Signs, four of which share a byte, are saved in a byte each: then
-any cut is one between bytes. Of 8-bit state with a scale for each block, the scale of a block that lies on several
+A number is saved as it is stored, with one exception. Signs and codes of 4 bits, several of which share a byte, are
+saved in a byte each: then any cut is one between bytes. Of state with a scale for each block, the scale of a block that lies on several
 ranks is saved by the one that has its first element. (Earlier versions stored other blocks in flat partitions, and
 saved what a partition had cut decoded, in float32; that is encoded again when it is loaded.)
 """
@@ -13,14 +13,14 @@ saved what a partition had cut decoded, in float32; that is encoded again when i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hina_optim.state.blockwise import BlockCodec, LogCodec
-from hina_optim.state.conversion import converted
+from hina_optim.state.conversion import spread_out
 from hina_optim.state.names import plain_name
 from hina_optim.state.plain import dtype_named, to_plain
 from hina_optim.state.precision import Codec, Storage, TensorCodec, codec_for
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from hina_optim.engine.optimizer import HinaOptimizer
 
 __all__ = [
+    "BLOCKS",
     "COUNTERS",
+    "LEVELS",
     "VERSION",
     "Agree",
     "Piece",
@@ -53,6 +55,9 @@ COUNTERS = ("step", "skipped")
 #: Flags → those of them that are set on all ranks. Called by all ranks, with as many flags.
 Agree = Callable[[list[bool]], list[bool]]
 Metadata = dict[str, Any]
+#: Bits → the name of the form of codes in blocks, and of those on a log scale.
+BLOCKS = {8: "blocks", 4: "blocks of 4 bits"}
+LEVELS = {8: "levels", 4: "levels of 4 bits"}
 
 
 @dataclass(frozen=True)
@@ -244,9 +249,6 @@ class _Held:
                 continue
             if slot.shape != "like":
                 found.append(self._whole(f"{name}/{slot_name}", slot_name, codec.parts[""]))
-            elif isinstance(codec, SignCodec):
-                shard, read = self._member.shard, self._unpacker(slot_name, codec)
-                found.append(Piece(f"{name}/{slot_name}", shard.shape, torch.int8, tuple(shard.boxes()), read))
             else:
                 found += [self._part(name, slot_name, suffix) for suffix in codec.parts]
         return found
@@ -265,29 +267,34 @@ class _Held:
             else:
                 boxes = block_boxes(shard, self._local_shape, codec)
         assert boxes is not None  # a bucket refuses what is cut between columns within a block
-        shape = codec.part_shape(suffix, shard.shape)
-        read = self._reader(part)
-        return Piece(f"{name}/{part}", shape, codec.parts[suffix], boxes, lambda: read()[skipped:])
+        saved = saved_as(codec)
+        shape = saved.part_shape(suffix, shard.shape)
+        read = self._reader(part) if suffix or saved is codec else self._unpacker(slot_name, codec)
+        return Piece(f"{name}/{part}", shape, saved.parts[suffix], boxes, lambda: read()[skipped:])
 
     def _reader(self, part: str) -> Callable[[], Tensor]:
         member, layout = self._member, self._layout
         return lambda: layout.unwrap(member.param, member.state[part]).detach().reshape(-1)
 
-    def _unpacker(self, slot_name: str, codec: SignCodec) -> Callable[[], Tensor]:
+    def _unpacker(self, slot_name: str, codec: Codec) -> Callable[[], Tensor]:
         packed = self._reader(slot_name)
         shape, shard = self._local_shape, self._member.shard
 
         def read() -> Tensor:
             here = local(codec, shard, shape)
-            parts = {"": packed().view(1, *here.part_shape("", shape))}
-            return converted(here, saved_as(codec), parts, shape, shard.start)[""].reshape(-1)
+            stored = packed().view(1, *here.part_shape("", shape))
+            return spread_out(here, stored, shape, saved_as(codec).parts[""], shard.start).reshape(-1)
 
         return read
 
 
 def saved_as(codec: Codec) -> Codec:
-    """How state is saved that is stored so: as it is, but that every sign has a byte of its own."""
-    return TensorCodec(torch.int8, codec.compute) if isinstance(codec, SignCodec) else codec
+    """How state is saved that is stored so: as it is, but that every sign and every code has a byte of its own."""
+    if isinstance(codec, SignCodec):
+        return TensorCodec(torch.int8, codec.compute)
+    if isinstance(codec, (BlockCodec, LogCodec)) and codec.packed:
+        return replace(codec, packed=False)
+    return codec
 
 
 def form_of(codec: Codec) -> Metadata:
@@ -296,10 +303,12 @@ def form_of(codec: Codec) -> Metadata:
         return {"form": "tensor", "dtype": str(codec.dtype).removeprefix("torch.")}
     compute = str(codec.compute).removeprefix("torch.")
     if isinstance(codec, BlockCodec):
-        return {"form": "blocks", "signed": codec.signed, "block": codec.block, "compute": compute}
+        # another name, not another field: who knows no codes of 4 bits must not take them for 8
+        name = BLOCKS[codec.bits]
+        return {"form": name, "signed": codec.signed, "block": codec.block, "compute": compute}
     if isinstance(codec, LogCodec):
         ends = {"low": float(codec.low), "start": float(codec.start), "high": float(codec.high)}
-        return {"form": "levels", **ends, "compute": compute}
+        return {"form": LEVELS[codec.bits], **ends, "compute": compute}
     raise ValueError(f"{type(codec).__name__} has no portable form: a checkpoint cannot hold what it stores.")
 
 
@@ -313,11 +322,17 @@ def codec_of(form: Mapping[str, Any]) -> Codec:
         case {"form": "tensor", "dtype": name}:
             dtype = dtype_named(name)
             return TensorCodec(dtype, torch.float64 if dtype == torch.float64 else torch.float32)
-        case {"form": "blocks", "signed": bool(signed), "block": int(block), "compute": name} if 0 < block < 1 << 62:
-            return BlockCodec(signed, block, compute=_computed_in(name))
-        case {"form": "levels", "low": float(low), "start": float(start), "high": float(high), "compute": name}:
-            return LogCodec(low, start, high, compute=_computed_in(name))
+        case {"form": kind, "signed": bool(signed), "block": int(block), "compute": name} if 0 < block < 1 << 62:
+            if kind in BLOCKS.values():
+                return BlockCodec(signed, block, compute=_computed_in(name), bits=_bits(BLOCKS, kind))
+        case {"form": kind, "low": float(low), "start": float(start), "high": float(high), "compute": name}:
+            if kind in LEVELS.values():
+                return LogCodec(low, start, high, compute=_computed_in(name), bits=_bits(LEVELS, kind))
     raise ValueError(f"{str(dict(form))[:120]} is no form in which state is stored.")
+
+
+def _bits(names: Mapping[int, str], kind: str) -> int:
+    return next(bits for bits, name in names.items() if name == kind)
 
 
 def _computed_in(name: Any) -> torch.dtype:

@@ -21,7 +21,9 @@ from hina_optim.state.slot import Slot
 __all__ = ["PRECISIONS", "Codec", "Storage", "TensorCodec", "codec_for", "compute_dtype", "decoded"]
 
 #: Values of the argument ``state_precision``, highest first.
-PRECISIONS = ("fp32", "bf16", "8bit")
+PRECISIONS = ("fp32", "bf16", "8bit", "4bit")
+#: Elements of a block, by bits.
+BLOCK = {8: 256, 4: 128}
 #: Elements of a row from which on blocks within rows pay: a scale for each costs a quarter of a byte an element then.
 SHORTEST_ROW = 16
 
@@ -48,6 +50,10 @@ class Codec(Protocol):
     def by_rows(self) -> bool:
         """Whether only whole rows (of the matrix view) can be stored: blocks lie within a row."""
 
+    @property
+    def per_byte(self) -> int:
+        """How many elements of a row share a byte."""
+
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """Stored → float32; behind the end of a row, there may be what fills its last byte (:func:`decoded`)."""
 
@@ -66,6 +72,7 @@ class TensorCodec:
     compute: torch.dtype = torch.float32
     stochastic: bool = False
     by_rows: ClassVar[bool] = False
+    per_byte: ClassVar[int] = 1
 
     @property
     def parts(self) -> dict[str, torch.dtype]:
@@ -100,8 +107,8 @@ class Storage:
 
     Attributes:
         precision: One of :data:`PRECISIONS`.
-        min_8bit_size: Elements of the whole (global) parameter below which nothing is stored in 8 bits.
-        force_8bit: Store in 8 bits whatever can be.
+        min_8bit_size: Elements of the whole (global) parameter below which nothing is stored in 8 bits or 4.
+        force_8bit: Store in 8 bits, or 4, whatever can be.
         state_device: ``"cpu"`` keeps state of the parameter's shape in host memory; None, where the parameter is.
         anchor_device: The same for state that never changes only (the weights before the first update).
     """
@@ -140,6 +147,10 @@ def codec_for(slot: Slot, storage: Storage, param_dtype: torch.dtype, shape: tup
     blocks a shard would cut anywhere, moments stay in bf16. Signs share bytes where moments share scales, and take a
     byte each elsewhere. It is decided on the global shape, so that sharding changes nothing.
 
+    In 4 bits: the same, but that the first moment, masks and signs of what has such rows take 4, 4 and 1 bits. What is
+    slow or unsigned keeps 8: an average over 100 steps adds up so much of what 16 levels round that nothing is left of
+    it, and a second moment is divided by.
+
     Args:
         slot: What is to be stored.
         storage: The user's choice.
@@ -151,28 +162,31 @@ def codec_for(slot: Slot, storage: Storage, param_dtype: torch.dtype, shape: tup
     row = numel // shape[0] if len(shape) > 1 and shape[0] else 0
     large = storage.force_8bit or numel >= storage.min_8bit_size
     blocks = large and (row >= SHORTEST_ROW or (storage.force_8bit and row > 0))
+    coded, four = storage.precision in ("8bit", "4bit"), storage.precision == "4bit" and blocks
     if slot.precision == "int8":
-        packs = storage.precision == "8bit" and slot.code == "ternary" and blocks
-        return SignCodec(compute) if packs else TensorCodec(torch.int8, compute)
+        packs = coded and slot.code == "ternary" and blocks
+        return SignCodec(compute, bits=1 if four else 2) if packs else TensorCodec(torch.int8, compute)
     if slot.precision == "param":
         return TensorCodec(param_dtype, compute)
     if slot.precision == "fp32" or storage.precision == "fp32" or slot.shape != "like":
         return TensorCodec(compute, compute)
-    if storage.precision == "8bit":
+    if coded:
         if not large:
             return TensorCodec(compute, compute)
         if isinstance(slot.code, tuple):
-            return LogCodec(*slot.code, compute=compute)
+            return LogCodec(*slot.code, compute=compute, bits=4 if four else 8, packed=four)
         if slot.code is not None and blocks:
-            return BlockCodec(slot.code == "signed", compute=compute, stochastic=slot.slow)
+            signed, four = slot.code == "signed", four and slot.code == "signed" and not slot.slow
+            bits = 4 if four else 8
+            return BlockCodec(signed, BLOCK[bits], compute, slot.slow or four, bits, packed=four)
     return TensorCodec(torch.bfloat16, compute, stochastic=True)
 
 
 def decoded(codec: Codec, parts: dict[str, Tensor], shape: Sequence[int]) -> Tensor:
     """The value of shape ``[N, *shape]`` that is stored in ``parts``."""
     value = codec.decode(parts)
-    if not isinstance(codec, SignCodec):
-        return value
+    if codec.per_byte == 1 or not isinstance(codec, (SignCodec, LogCodec, BlockCodec)):
+        return value  # as it is, or of a flat range, whose codec knows where it ends
     row = int(torch.Size(shape[2:] if len(shape) > 2 else shape[1:]).numel())
     return value[..., codec.lead : codec.lead + row].reshape(shape)
 

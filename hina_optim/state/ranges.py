@@ -1,8 +1,9 @@
-"""State in 8 bits of a flat range of a matrix that begins and ends anywhere: its blocks are those of the whole matrix.
+"""State in 8 or 4 bits of a flat range of a matrix that begins and ends anywhere: its blocks are those of the whole matrix.
 
 FSDP1 and DeepSpeed's ZeRO give every rank a range of a parameter's flat elements. What is stored of it are the codes of
 its elements and the scales of all blocks that it has elements of. A block that ends on another rank has its scale on
-both; what is stored is what one process stores once they have agreed on it (:mod:`hina_optim.engine.scales`).
+both; what is stored is what one process stores once they have agreed on it (:mod:`hina_optim.engine.scales`). Codes that
+share bytes share them between the same elements wherever a range begins, and do not respect rows.
 """
 
 from __future__ import annotations
@@ -16,13 +17,27 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hina_optim.state.blockwise import SMALLEST_SCALE, BlockCodec, scale_
+from hina_optim.state.blockwise import SMALLEST_SCALE, BlockCodec, LogCodec, scale_
+from hina_optim.state.packing import pack, packed_length, unpack
 from hina_optim.state.precision import Codec, Storage, codec_for
 from hina_optim.state.shard import Shape, Shard, columns_of
-from hina_optim.state.signs import PER_BYTE, SignCodec
+from hina_optim.state.signs import SignCodec
 from hina_optim.state.slot import Slot
 
-__all__ = ["Edge", "RangeCodec", "block_at", "codec_here", "covering", "cut_blocks", "ends", "local", "span", "within"]
+__all__ = [
+    "Edge",
+    "RangeCodec",
+    "block_at",
+    "codec_here",
+    "codes_of",
+    "covering",
+    "cut_blocks",
+    "ends",
+    "local",
+    "span",
+    "stored_codes",
+    "within",
+]
 
 #: Ranges are cut at global multiples of this, where that is between blocks.
 GRAIN = 4096
@@ -81,12 +96,14 @@ class RangeCodec:
         columns: Elements of a row.
         lead: Elements of the range's first row that lie before it.
         numel: Elements of the range.
+        skip: How many codes its first byte has place for before the first of its own.
     """
 
     blocks: BlockCodec
     columns: int
     lead: int
     numel: int
+    skip: int = 0
     by_rows: ClassVar[bool] = False
     #: What is done at once: at most the end of a block, the end of a row, whole rows, and the beginning of one.
     spans: tuple[Span, ...] = field(init=False, repr=False, compare=False)
@@ -102,7 +119,9 @@ class RangeCodec:
         """That of the elements ``start … stop-1`` of a parameter."""
         columns = max(1, columns_of(shape))
         columns = blocks.block if columns % blocks.block == 0 else columns
-        return cls(blocks, columns, start % columns if start < stop else 0, stop - start)
+        if start == stop:
+            return cls(blocks, columns, 0, 0)
+        return cls(blocks, columns, start % columns, stop - start, start % blocks.per_byte)
 
     @property
     def compute(self) -> torch.dtype:
@@ -119,9 +138,26 @@ class RangeCodec:
         """As that of the whole."""
         return self.blocks.noisy
 
+    @property
+    def per_byte(self) -> int:
+        """Codes in a byte."""
+        return self.blocks.per_byte
+
     def part_shape(self, suffix: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The value's own for codes; ``(blocks,)`` for scales, whatever ``shape`` is."""
-        return shape if suffix == "" else (self.count(self.numel),)
+        """The value's own for codes, ``(bytes,)`` of packed ones; ``(blocks,)`` for scales, whatever ``shape`` is."""
+        if suffix:
+            return (self.count(self.numel),)
+        return shape if self.per_byte == 1 else (packed_length(self.numel, self.blocks.bits, self.skip),)
+
+    def unpacked(self, stored: Tensor) -> Tensor:
+        """Codes as they are stored → one a byte, ``[N, m]``."""
+        if self.per_byte == 1:
+            return stored
+        return unpack(stored, self.blocks.bits)[:, self.skip : self.skip + self.numel]
+
+    def packed(self, codes: Tensor) -> Tensor:
+        """The other way round."""
+        return codes if self.per_byte == 1 else pack(codes, self.blocks.bits, self.skip)
 
     def count(self, end: int, begin: int = 0) -> int:
         """Blocks that the elements ``begin … end-1`` are in."""
@@ -137,7 +173,7 @@ class RangeCodec:
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """``scale · level[code]``, ``[N, m]``."""
-        values = self.blocks.levels(parts[""])
+        values = self.blocks.levels(self.unpacked(parts[""]))
         for one in self.spans:
             scale_(one.lines(values), one.scales(parts["_scale"]), self.blocks.block)
         return values.to(self.compute)
@@ -152,7 +188,15 @@ class RangeCodec:
             scale_(lines, 1 / scale.clamp(min=SMALLEST_SCALE), self.blocks.block)
             found.append(scale.flatten(1))
         scales = torch.cat(found, 1) if found else unit.new_empty(unit.shape[0], 0)
-        return {"": self.blocks.codes(unit, noise), "_scale": scales}
+        return {"": self.packed(self.blocks.codes(unit, noise)), "_scale": scales}
+
+    def overwritten(self, stored: Tensor, codes: Tensor) -> Tensor:
+        """What is stored, ``[N, …]``, of which the first and the last byte may hold others' codes, with its own anew."""
+        if self.per_byte == 1:
+            return codes
+        every = unpack(stored, self.blocks.bits)
+        every[:, self.skip : self.skip + self.numel] = codes
+        return pack(every, self.blocks.bits)
 
     def encode_edge(self, value: Tensor, noise: Tensor | None, scale: Tensor) -> Tensor:
         """Codes of a part of one block, ``[N, m]``, whose scale ``[N, 1]`` is known."""
@@ -206,8 +250,8 @@ def local(codec: Codec, shard: Shard, local_shape: Shape) -> Codec:
         return codec
     if isinstance(codec, BlockCodec):
         return RangeCodec.of(codec, shard.shape, shard.start, shard.stop)
-    if isinstance(codec, SignCodec):
-        return replace(codec, lead=shard.start % PER_BYTE if shard.numel else 0)
+    if isinstance(codec, (SignCodec, LogCodec)):
+        return replace(codec, lead=shard.start % codec.per_byte if shard.numel else 0)
     return codec
 
 
@@ -220,10 +264,12 @@ def codec_here(slot: Slot, storage: Storage, dtype: torch.dtype, shard: Shard, l
 def within(codec: Codec, begin: int, end: int) -> Codec:
     """How the elements ``begin … end-1`` of a range are stored."""
     if isinstance(codec, RangeCodec):
-        lead = (codec.lead + begin) % codec.columns if begin < end else 0
-        return replace(codec, lead=lead, numel=end - begin)
-    if isinstance(codec, SignCodec):
-        return replace(codec, lead=(codec.lead + begin) % PER_BYTE if begin < end else 0)
+        if begin == end:
+            return replace(codec, lead=0, numel=0, skip=0)
+        lead, skip = (codec.lead + begin) % codec.columns, (codec.skip + begin) % codec.per_byte
+        return replace(codec, lead=lead, numel=end - begin, skip=skip)
+    if isinstance(codec, (SignCodec, LogCodec)):
+        return replace(codec, lead=(codec.lead + begin) % codec.per_byte if begin < end else 0)
     return codec
 
 
@@ -232,9 +278,28 @@ def span(codec: Codec, suffix: str, begin: int, end: int) -> tuple[int, int]:
     if isinstance(codec, RangeCodec) and suffix:
         first = codec.place(begin) if begin < end else 0
         return first, first + codec.count(end, begin)
-    if isinstance(codec, SignCodec):
-        return (codec.lead + begin) // PER_BYTE, codec.part_shape(suffix, (end,))[0]
+    if codec.per_byte > 1:
+        assert isinstance(codec, (RangeCodec, BlockCodec, SignCodec, LogCodec))
+        before = codec.skip if isinstance(codec, RangeCodec) else codec.lead
+        return (before + begin) // codec.per_byte, -(-(before + end) // codec.per_byte)
     return codec.part_shape(suffix, (begin,))[0], codec.part_shape(suffix, (end,))[0]
+
+
+def codes_of(codec: Codec, stored: Tensor, shape: Sequence[int]) -> Tensor:
+    """Codes that share bytes → one a byte, ``[N, *shape[1:]]``."""
+    if isinstance(codec, RangeCodec):
+        return codec.unpacked(stored)
+    assert isinstance(codec, (BlockCodec, LogCodec))
+    row = int(torch.Size(shape[2:] if len(shape) > 2 else shape[1:]).numel())
+    return unpack(stored, codec.bits)[..., codec.lead : codec.lead + row].reshape(shape)
+
+
+def stored_codes(codec: Codec, codes: Tensor) -> Tensor:
+    """The other way round: codes one a byte, ``[N, …]``, as they are stored."""
+    if isinstance(codec, RangeCodec):
+        return codec.packed(codes)
+    assert isinstance(codec, (BlockCodec, LogCodec))
+    return pack(codes.flatten(2) if codes.ndim > 3 else codes, codec.bits, codec.lead)
 
 
 def ends(start: int, numel: int, most: int, codecs: Iterable[Codec]) -> list[int]:
@@ -256,12 +321,7 @@ def ends(start: int, numel: int, most: int, codecs: Iterable[Codec]) -> list[int
 
 
 def _step(codec: Codec) -> int:
-    match codec:
-        case RangeCodec():
-            return codec.columns
-        case SignCodec():
-            return PER_BYTE
-    return 1
+    return math.lcm(codec.columns, codec.per_byte) if isinstance(codec, RangeCodec) else codec.per_byte
 
 
 def block_at(shape: Shape, block: int, at: int) -> int:

@@ -1,6 +1,6 @@
 """Where the stored tensors of a shard lie in those of the whole parameter: boxes of elements and of scales.
 
-Stored 8-bit state has a scale for every block of a row. The scales of a shard are a part of the whole parameter's: of a
+Stored state of 8 or 4 bits has a scale for every block of a row. The scales of a shard are a part of the whole parameter's: of a
 flat range those of all blocks that it has elements of; of others, which must begin and end with blocks, of their own.
 """
 
@@ -13,7 +13,6 @@ from hina_optim.state.blockwise import BlockCodec
 from hina_optim.state.precision import Codec
 from hina_optim.state.ranges import block_at, covering
 from hina_optim.state.shard import Shape, Shard, columns_of
-from hina_optim.state.signs import PER_BYTE, SignCodec
 
 __all__ = [
     "Box",
@@ -45,12 +44,7 @@ def whole(shape: Shape) -> tuple[Box, ...]:
 
 def neighbors(codec: Codec) -> int:
     """How many elements of a row share a scale, or a byte."""
-    match codec:
-        case BlockCodec():
-            return codec.block
-        case SignCodec():
-            return PER_BYTE
-    return 1
+    return codec.block if isinstance(codec, BlockCodec) else codec.per_byte
 
 
 def fits(shard: Shard, local_shape: Shape, each: int) -> bool:
@@ -133,7 +127,7 @@ def beginning_scales(shard: Shard, codec: BlockCodec) -> tuple[tuple[Box, ...], 
 
 
 def decode_elements(shard: Shard, codec: BlockCodec, codes: Tensor, scales: Tensor) -> Tensor:
-    """The values of a shard that need not begin or end with a block, flat.
+    """The values of a shard that need not begin or end with a block, flat; of codes that have a byte each.
 
     Args:
         shard: What is here.
@@ -143,7 +137,7 @@ def decode_elements(shard: Shard, codec: BlockCodec, codes: Tensor, scales: Tens
     """
     columns = columns_of(shard.shape)
     per_row, first = -(-columns // codec.block), _scale_range(shard, codec.block)[0]
-    each = BlockCodec(codec.signed, block=1, compute=codec.compute)
+    each = BlockCodec(codec.signed, block=1, compute=codec.compute, bits=codec.bits)
     values = torch.empty(codes.numel(), dtype=codec.compute, device=codes.device)
     for begin in range(0, codes.numel(), PIECE):
         end = min(begin + PIECE, codes.numel())

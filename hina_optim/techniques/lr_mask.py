@@ -89,7 +89,8 @@ class LearningRateMask(Technique):
     def scalars(self, t: Tensor) -> dict[str, Tensor]:
         """Twice 1 while the mask moves, and the size of the bumps of this step, upwards and downwards."""
         moving = (t < self.warmup_steps).to(t.dtype)
-        down = self.lr_bump * moving
+        # there is no last sign in the first step; where it takes one bit, it would be read as 1
+        down = self.lr_bump * moving * (t > 1)
         up = torch.where(t < self.warmup_steps / 2, self.d_coef * down, down)
         return {"twice": 2 * moving, "up": up, "down": down}
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 import hina_optim
 from hina_optim.state.blockwise import BlockCodec
-from hina_optim.state.ranges import RangeCodec, block_at
+from hina_optim.state.ranges import RangeCodec, block_at, codes_of
 from tests.every_optimizer import LR, loss_of, make
 from tests.optim_cases import NOTHING
 from tests.sharded.engines import Built, build, gradients, joined, same_bits
@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (torch.float32, {"state_precision": "fp32"}),
     "bf16": (torch.float32, {"state_precision": "bf16"}),
     "8bit": (torch.float32, {"state_precision": "8bit", "min_8bit_size": 500}),
+    "4bit": (torch.float32, {"state_precision": "4bit", "min_8bit_size": 500}),
     "bf16 weights": (torch.bfloat16, {"state_precision": "fp32"}),
 }
 #: The step whose collectives are counted: an ordinary one after everything was set up.
@@ -48,6 +49,7 @@ TOLERANCE: dict[str, tuple[float, float, float]] = {
     "fp32": (1e-4, 1e-4, 1e-3),
     "bf16": (1e-3, 1e-3, 1e-3),
     "8bit": (1e-3, 1e-3, 1e-3),
+    "4bit": (1e-3, 1e-3, 1e-3),
     "bf16 weights": (1e-3, 1e-3, 1e-3),
 }
 #: Engines that lay parameters flat, and the worlds that they are run in. ZeRO keeps float32 weights of its own,
@@ -78,7 +80,7 @@ class Trained:
 
     Attributes:
         weights: Name → value.
-        state: ``"name/slot"`` → value as stored; of flat pieces, as decoded, and codes and scales of 8 bits beside it.
+        state: ``"name/slot"`` → value as stored; of flat pieces, as decoded, and codes and scales of blocks beside it.
         collectives: Kind → how many the counted step took.
     """
 
@@ -218,7 +220,11 @@ def decoded(optimizer: Any, members: Mapping[str, Any]) -> Pieces:
                 found[f"{name}/{slot.name}"] = places, value
                 codec = bucket.codecs[slot.name]
                 if isinstance(codec, (BlockCodec, RangeCodec)):
-                    codes, scales = (member.state[slot.name + suffix].reshape(-1) for suffix in codec.parts)
+                    codes, scales = (member.state[slot.name + suffix] for suffix in codec.parts)
+                    if codec.per_byte > 1:
+                        local = tuple(optimizer._layout.local(member.param).shape)
+                        codes = codes_of(codec, codes[None], (1, *local))
+                    codes, scales = codes.reshape(-1), scales.reshape(-1)
                     block = codec.block if isinstance(codec, BlockCodec) else codec.blocks.block
                     first = block_at(member.info.shape, block, member.shard.start) if scales.numel() else 0
                     found[f"{name}/{slot.name} codes"] = places, codes

@@ -174,11 +174,11 @@ def converted(built: Built) -> None:
     """Elements only: to the bit, whatever is rounded when."""
     optimizer = HinaAdaptive(built.named, lr=3e-4, min_8bit_size=500, **NOTHING)
     taken(built, optimizer, range(2))
-    for i, precision in enumerate(("8bit", "bf16", "fp32")):
+    for i, precision in enumerate(("8bit", "4bit", "bf16", "fp32")):
         optimizer.set_state_precision(precision)
         taken(built, optimizer, range(2 + 2 * i, 4 + 2 * i))
     optimizer.set_state_device("cpu")
-    taken(built, optimizer, range(8, 10))
+    taken(built, optimizer, range(10, 12))
     assert optimizer.state_bytes() > 0
 
 

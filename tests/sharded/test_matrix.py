@@ -52,6 +52,7 @@ DIAGONAL = [
     ("ddp", 2, ["Automagic_CameAMP_Improved_8Bit"], ["bf16 weights", "8bit"]),
     ("fsdp2", 2, ["HinaAdaptive", "Automagic_CameAMP_Improved"], ["fp32"]),
     ("fsdp2", 4, ["Automagic_CameAMP_COptim8bit"], ["8bit"]),
+    ("fsdp2", 2, ["Automagic_CameAMP"], ["4bit"]),
     ("fsdp2 last", 2, ["HinaAdaptive"], ["fp64"]),
     ("fsdp2 offload", 2, ["HinaAdamWOptimizer"], ["bf16"]),
     ("fsdp2 mixed", 2, ["Automagic_CameAMP_COptim"], ["fp32"]),
@@ -61,6 +62,7 @@ DIAGONAL = [
     ("fsdp1", 2, ["HinaAdaptive"], ["fp32"]),
     ("fsdp1 flat", 2, ["HinaAdamWOptimizer"], ["bf16"]),
     ("zero1", 2, ["Automagic_CameAMP_COptim"], ["fp32"]),
+    ("zero1", 2, ["HinaAdaptive"], ["4bit"]),
     ("zero2", 2, ["AdaptiveHinaAdamW"], ["fp32"]),
     ("zero3", 2, ["Automagic_CameAMP_Improved"], ["8bit"]),
 ]
@@ -94,7 +96,7 @@ def test_all(engine: str, size: int, name: str, record_property: Record) -> None
     ],
 )
 def test_elements_and_codes_are_equal_to_the_bit(engine: str, size: int, record_property: Record) -> None:
-    """Where nothing crosses elements: weights, state, 8-bit codes and scales, random rounding included."""
+    """Where nothing crosses elements: weights, state, codes and scales, random rounding included."""
     kinds = kinds_of(engine) if engine in FLAT else list(KINDS)
     results = check(engine, size, [ELEMENTWISE], kinds, record_property)
     for (_, kind), result in results.items():
