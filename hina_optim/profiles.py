@@ -19,9 +19,9 @@ __all__ = ["PROFILES", "profile_arguments"]
 #: Name → arguments, both read-only. Names are case-sensitive.
 PROFILES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        # the least memory: all state in few bits that can be, and nothing beside the mask that keeps state of its own. The
-        # original design has 8 bits and says nothing of the long momentum, which leaves 3.3 bytes a parameter; what it
-        # is for asks for less: 4 bits without it are 1.2
+        # the least memory: all state in few bits that can be, and nothing beside the mask that keeps state of its own.
+        # The original design has 8 bits and says nothing of the long momentum, which leaves 3.3 bytes a parameter; what
+        # it is for asks for less: 4 bits without it are 1.2
         "memory_optimized": MappingProxyType(
             {
                 "state_precision": "4bit",

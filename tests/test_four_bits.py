@@ -174,7 +174,11 @@ def test_signs_in_one_bit_move_the_mask_as_others_do() -> None:
     for precision in ("fp32", "4bit"):
         weight = nn.Parameter(torch.zeros(16, 64))
         optimizer = HinaAdaptive(
-            [("w", weight)], lr=1e-4, state_precision=precision, min_8bit_size=0, warmup_steps=20  # type: ignore[arg-type]
+            [("w", weight)],
+            lr=1e-4,
+            state_precision=precision,
+            min_8bit_size=0,
+            warmup_steps=20,  # type: ignore[arg-type]
         )
         generator = torch.Generator().manual_seed(0)
         for step in range(5):

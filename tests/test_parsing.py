@@ -299,8 +299,9 @@ def test_endless_numbers():
 #: Written out once more, as the documents of the design have them; the first two for less memory than it had.
 TABLES = {
     "memory_optimized": dict(
-        state_precision="4bit", enable_dual_momentum=False, force_8bit=True, min_8bit_size=1024, edge_suppression=False, spatial_awareness=False,
-        background_regularization=False, frequency_penalty=0.0, lora_rank_penalty=False, verbose=False,
+        state_precision="4bit", enable_dual_momentum=False, force_8bit=True, min_8bit_size=1024,
+        edge_suppression=False, spatial_awareness=False, background_regularization=False, frequency_penalty=0.0,
+        lora_rank_penalty=False, verbose=False,
     ),
     "quality_optimized": dict(
         edge_suppression=True, edge_penalty=0.15, background_regularization=True, spatial_awareness=True,

@@ -1,4 +1,4 @@
-"""How state in 8 and 4 bits is stored of flat ranges that begin and end anywhere: blocks, codes and scales of the whole."""
+"""How state in 8 and 4 bits is stored of flat ranges that begin and end anywhere: blocks and codes of the whole."""
 
 from __future__ import annotations
 

@@ -111,7 +111,13 @@ def test_what_one_engine_saved_another_goes_on_with(saved: Saved, to: Where, tmp
 
 @pytest.mark.parametrize(
     ("to", "kind"),
-    [(("one", 1), "8bit"), (("fsdp1", 2), "8bit"), (("zero3", 2), "8bit"), (("one", 1), "4bit"), (("fsdp1", 2), "4bit")],
+    [
+        (("one", 1), "8bit"),
+        (("fsdp1", 2), "8bit"),
+        (("zero3", 2), "8bit"),
+        (("one", 1), "4bit"),
+        (("fsdp1", 2), "4bit"),
+    ],
     ids=["one", "fsdp1", "zero3", "one, 4 bits", "fsdp1, 4 bits"],
 )
 def test_state_in_8_and_4_bits(saved: Saved, to: Where, kind: str, tmp_path: Path) -> None:

@@ -202,7 +202,9 @@ def test_a_copy_shares_nothing() -> None:
             assert value.data_ptr() != optimizer.state[p][key].data_ptr() or not value.numel()
 
 
-@pytest.mark.parametrize(("saved", "built"), [("fp32", "8bit"), ("8bit", "bf16"), ("bf16", "fp32"), ("4bit", "8bit"), ("8bit", "4bit")])
+@pytest.mark.parametrize(
+    ("saved", "built"), [("fp32", "8bit"), ("8bit", "bf16"), ("bf16", "fp32"), ("4bit", "8bit"), ("8bit", "4bit")]
+)
 def test_a_checkpoint_in_another_precision_is_said(saved: str, built: str, caplog: pytest.LogCaptureFixture) -> None:
     """A state dict brings its options: state goes on as it was saved, and is converted on request."""
     named, optimizer = trained("HinaAdaptive", state_precision=saved)

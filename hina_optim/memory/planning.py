@@ -345,7 +345,7 @@ def _zeros(optimizer: HinaOptimizer) -> set[int]:
 def _candidates(sharding: Sharding, world_size: int, every: Sequence[sizes.Kept]) -> list[int]:
     """Ranks among which the fullest is: the first one where every piece is cut with the largest pieces first.
 
-    In 8 bits and in 4 a flat piece that begins within a block, or a byte, has a scale or a byte more than the first one.
+    In 8 bits and in 4 a flat piece that begins within a block or a byte has a scale or a byte more than the first one.
     """
     coded = any(one.options["state_precision"] in ("8bit", "4bit") for one in every)
     anywhere = sharding in ("zero1", "zero2") or (sharding == "zero3" and coded)

@@ -224,7 +224,9 @@ OPTIONS: dict[str, Option] = {
     "min_8bit_size": Option(
         rule.COUNT, "Elements of the whole parameter below which state of 8 or 4 bits is kept in bf16 or fp32, ≥ 0."
     ),
-    "force_8bit": Option(rule.FLAG, "Store in 8 bits, or 4, whatever can be, whatever its size and the length of its rows."),
+    "force_8bit": Option(
+        rule.FLAG, "Store in 8 bits, or 4, whatever can be, whatever its size and the length of its rows."
+    ),
     "state_device": Option(
         ENGINE_RULES["state_device"],
         '"cpu": moments, masks and all other state of the parameters\' shapes live in (pinned) host memory; a step '

@@ -117,18 +117,19 @@ def _promote(value: Tensor, codes: Tensor, tables: Tables, noise: Tensor | None)
 
 @dataclass(frozen=True)
 class BlockCodec:
-    """8 bits an element and a float32 scale a block: ``x ≈ scale · level[code]``, ``scale = max |x|`` of the block.
+    """8 or 4 bits an element and a float32 scale a block: ``x ≈ scale · level[code]``, ``scale = max |x|`` of it.
 
     In 8 bits the levels are the dynamic map of bitsandbytes; scales, codes and decoded values are those of its
-    device-independent kernel, bit for bit: the nearest level of ``x · (1/scale)``, the lower one in a tie. (Its kernel for float32 on CPUs
-    finds codes in a table of 65536 equal steps; there, zero comes back as 2e-5 of the largest value of its block.)
+    device-independent kernel, bit for bit: the nearest level of ``x · (1/scale)``, the lower one in a tie. (Its kernel
+    for float32 on CPUs finds codes in a table of 65536 equal steps; there, zero comes back as 2e-5 of the largest value
+    of its block.)
 
     The error is at most 0.7 % of the block's largest value (0.35 % unsigned). Relative to a value of 0.1 … 1 of the
     largest it is at most 6.2 % (3.3 %), and in each decade below at most twice that of the one above. The largest value
     is exact unless it is negative: -1 is not among the levels, and comes back as -0.993 (where it is rounded at random,
-    and in 4 bits, whose lowest level is -0.8875, the scale is larger instead). Zero is exact. A block of
-    zeros has scale 0 and comes back as zeros; one whose largest value is below 1e-38 comes back smaller than it was. A
-    value that is not finite spoils its own block and no other.
+    and in 4 bits, whose lowest level is -0.8875, the scale is larger instead). Zero is exact. A block of zeros has
+    scale 0 and comes back as zeros; one whose largest value is below 1e-38 comes back smaller than it was. A value that
+    is not finite spoils its own block and no other.
 
     Attributes:
         signed: Whether values may be negative; if not, negative ones become zero, and small ones have one bit more.
@@ -136,7 +137,7 @@ class BlockCodec:
         compute: dtype of decoded values.
         stochastic: Round to one of the two levels around a value at random, so that the expected value is exact. An
             average then keeps moving by less than the distance of two levels, where rounding to the nearest stops it.
-        bits: Of a code, 8 or 4. In 4 the error is at most 12 % of the block's largest value.
+        bits: Of a code, 8 or 4. In 4 the error is at most 13 % of the block's largest value.
         packed: Codes of 4 bits are two to a byte, not one.
 
     Source: 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 2.

@@ -14,10 +14,10 @@ from hina_optim.state.blockwise import BlockCodec, LogCodec
 from hina_optim.state.conversion import converted
 from hina_optim.state.portable import BLOCKS, COUNTERS, LEVELS, Metadata, codec_of, form_of, saved_as, slots_of
 from hina_optim.state.precision import Codec, Storage, TensorCodec, codec_for
-from hina_optim.state.ranges import covering
+from hina_optim.state.ranges import covering, stored_codes
 from hina_optim.state.ranges import local as local_codec
-from hina_optim.state.ranges import stored_codes
 from hina_optim.state.regions import Box, block_boxes, covering_scales, decode_elements, fits, neighbors, numel, whole
+from hina_optim.state.signs import SignCodec
 
 if TYPE_CHECKING:
     from hina_optim.engine.bucket import Member

@@ -5,9 +5,9 @@ the tensor that one process with everything whole would store. :func:`hina_optim
 metadata against an optimizer and says which boxes it needs; whoever stores the pieces reads those and hands them over.
 
 A number is saved as it is stored, with one exception. Signs and codes of 4 bits, several of which share a byte, are
-saved in a byte each: then any cut is one between bytes. Of state with a scale for each block, the scale of a block that lies on several
-ranks is saved by the one that has its first element. (Earlier versions stored other blocks in flat partitions, and
-saved what a partition had cut decoded, in float32; that is encoded again when it is loaded.)
+saved in a byte each: then any cut is one between bytes. Of state with a scale for each block, the scale of a block that
+lies on several ranks is saved by the one that has its first element. (Earlier versions stored other blocks in flat
+partitions, and saved what a partition had cut decoded, in float32; that is encoded again when it is loaded.)
 """
 
 from __future__ import annotations

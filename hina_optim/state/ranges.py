@@ -1,9 +1,9 @@
-"""State in 8 or 4 bits of a flat range of a matrix that begins and ends anywhere: its blocks are those of the whole matrix.
+"""State in 8 or 4 bits of a flat range of a matrix that begins and ends anywhere: its blocks are those of the whole.
 
 FSDP1 and DeepSpeed's ZeRO give every rank a range of a parameter's flat elements. What is stored of it are the codes of
 its elements and the scales of all blocks that it has elements of. A block that ends on another rank has its scale on
-both; what is stored is what one process stores once they have agreed on it (:mod:`hina_optim.engine.scales`). Codes that
-share bytes share them between the same elements wherever a range begins, and do not respect rows.
+both; what is stored is what one process stores once they have agreed on it (:mod:`hina_optim.engine.scales`). Codes
+that share bytes are packed without regard to rows, between the same elements wherever a range begins.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class RangeCodec:
         return {"": self.packed(self.blocks.codes(unit, noise)), "_scale": scales}
 
     def overwritten(self, stored: Tensor, codes: Tensor) -> Tensor:
-        """What is stored, ``[N, …]``, of which the first and the last byte may hold others' codes, with its own anew."""
+        """What is stored, ``[N, …]``, with its own codes anew: the first and last byte may hold others, too."""
         if self.per_byte == 1:
             return codes
         every = unpack(stored, self.blocks.bits)

@@ -1,7 +1,8 @@
 """Where the stored tensors of a shard lie in those of the whole parameter: boxes of elements and of scales.
 
-Stored state of 8 or 4 bits has a scale for every block of a row. The scales of a shard are a part of the whole parameter's: of a
-flat range those of all blocks that it has elements of; of others, which must begin and end with blocks, of their own.
+Stored state of 8 or 4 bits has a scale for every block of a row. The scales of a shard are a part of the whole
+parameter's: of a flat range those of all blocks that it has elements of; of others, which must begin and end with
+blocks, of their own.
 """
 
 from __future__ import annotations

@@ -303,7 +303,9 @@ ENGINES: dict[str, Engine] = {
     "ddp": Engine((2, 4), _ddp),
     "fsdp2": Engine((2, 4), _fsdp2()),
     "fsdp2 last": Engine(
-        (2, 4), _fsdp2(shard_placement_fn=_another_dimension), refuses=dict.fromkeys(("8bit", "4bit"), "is cut between columns")
+        (2, 4),
+        _fsdp2(shard_placement_fn=_another_dimension),
+        refuses=dict.fromkeys(("8bit", "4bit"), "is cut between columns"),
     ),
     "fsdp2 offload": Engine((2,), _fsdp2(offload_policy=CPUOffloadPolicy(pin_memory=False))),
     "fsdp2 mixed": Engine(
