@@ -85,7 +85,7 @@ def places_of(params: list[nn.Parameter], optimizer: HinaOptimizer) -> tuple[set
     every = [(k, p, v) for p in params for k, v in optimizer.state[p].items() if k != "step" and p.numel() > 1]
     hosted = [(k, p, v) for k, p, v in every if v.device == CPU]
     # of every element: itself, its share of a scale, or of a byte
-    assert all(v.shape == p.shape or k.endswith("_scale") or k == "last_sign" for k, p, v in hosted)
+    assert all(v.shape == p.shape or k.endswith("_scale") or v.dtype == torch.uint8 for k, p, v in hosted)
     return {k for k, _, v in every if v.device == CPU}, {k for k, _, v in every if v.device == FAR}
 
 
