@@ -14,6 +14,7 @@ from hina_optim import Automagic_CameAMP, HinaAdaptive
 from hina_optim.engine.compiled import compiler
 from hina_optim.engine.optimizer import HinaOptimizer
 from tests.optim_cases import EVERYTHING, NOTHING
+from tests.traced import traced
 
 LR = 3e-4
 Params = list[nn.Parameter]
@@ -135,7 +136,7 @@ def test_rows_and_columns() -> None:
 def test_every_kind_of_matrix(state_precision: str) -> None:
     """Narrow, wide, odd, tall ones, kernels, and a vector: as traced, without a code generator."""
     shapes: list[tuple[int, ...]] = [(64, 16), (16, 640), (33, 20), (33, 20), (7, 5), (1, 48), (12, 3, 4, 4), (640, 96)]
-    with torch.compiler.set_stance("default", force_backend="eager"):
+    with traced():
         arguments = {"kind": Automagic_CameAMP, "state_precision": state_precision}
         eager, compiled, first, second = run_both([*shapes, (96,)], steps=4, settled=1, **arguments)
     by_shape = [b.info.shape for b in second._buckets.prepare() if second._buckets.program(b).lines is None]
@@ -152,7 +153,7 @@ def test_graphs_of_matrices_do_not_depend_on_their_shapes() -> None:
     few: list[tuple[int, ...]] = [(64, 128), (96, 80), (96, 80)]
     many: list[tuple[int, ...]] = [*few, (128, 320), (128, 96), (160, 96), (160, 96), (640, 512)]
     for shapes in (few, many):
-        with torch.compiler.set_stance("default", force_backend="eager"):
+        with traced():
             compare(*run_both(shapes, steps=3, settled=1, kind=Automagic_CameAMP, max_buffer_memory_mb=1))
         counted.append(graphs())
     assert counted[0] == counted[1]
@@ -160,7 +161,7 @@ def test_graphs_of_matrices_do_not_depend_on_their_shapes() -> None:
 
 def test_a_bad_gradient_of_a_matrix() -> None:
     """Weights, moments, and what is kept of rows and columns stay; a neighbor in the stack goes on."""
-    with torch.compiler.set_stance("default", force_backend="eager"):
+    with traced():
         params, optimizer = build([(64, 48), (64, 48)], torch.float32, Automagic_CameAMP, compile=True)
         for step in range(2):
             take_step(params, optimizer, step)
@@ -177,7 +178,7 @@ def test_no_recompilation_in_a_schedule() -> None:
     """200 steps, of which some measure: the graphs of the first."""
     torch._dynamo.reset()
     params, optimizer = build([(64, 48), (32, 16)], torch.float32, compile=True, relationship_discovery_interval=7)
-    with torch.compiler.set_stance("default", force_backend="eager"):
+    with traced():
         take_step(params, optimizer, 0)
         before = graphs()
         assert before

@@ -24,6 +24,7 @@ from hina_optim.state.blockwise import BlockCodec
 from hina_optim.state.ranges import RangeCodec, block_at, codes_of, ends
 from tests.optim_cases import NOTHING
 from tests.shards import ThreadLayout, World, in_threads
+from tests.traced import traced
 
 LR = 1e-3
 #: Rows that are whole blocks, shorter than one, longer than one; two that share a stack, kernels, a vector; and two
@@ -381,7 +382,7 @@ def test_compiled_as_eager(options: dict[str, Any]) -> None:
             named.append((name, p))
         optimizer = built({**options, "compile": compiled}, named)
         optimizer.bind_layout(layout)
-        with torch.compiler.set_stance("default", force_backend="eager"):
+        with traced():
             for step in range(3):
                 for name, p in named:
                     shard = layout.shards[p]

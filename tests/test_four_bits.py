@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
-from hina_optim import Automagic_CameAMP_Improved_8Bit, HinaAdaptive
+from hina_optim import Automagic_CameAMP, Automagic_CameAMP_Improved_8Bit, HinaAdaptive
 from hina_optim.state.blockwise import BlockCodec, LogCodec
 from hina_optim.state.codebooks import dynamic_map, log_levels
 from hina_optim.state.packing import pack, packed_length, unpack
@@ -16,11 +17,13 @@ from hina_optim.state.precision import Storage, TensorCodec, codec_for, decoded
 from hina_optim.state.signs import SignCodec
 from hina_optim.state.slot import EXP_AVG, EXP_AVG_SQ, Slot
 from tests.optim_cases import NOTHING
+from tests.traced import traced
 
 MASK = Slot("lr_mask", init="start_lr", code=(1e-7, 1e-6, 1e-3))
 SIGN = Slot("last_sign", precision="int8", code="ternary")
 LONG = Slot("exp_avg_long", code="signed", slow=True)
 FOUR = Storage("4bit", min_8bit_size=1024)
+SHAPES = {"odd": (9, 131), "kernels": (8, 6, 3, 3)}
 
 
 def noise_like(value: Tensor, seed: int) -> Tensor:
@@ -136,6 +139,30 @@ def test_the_profile_for_the_least_memory() -> None:
     assert optimizer.state_bytes() / weight.numel() < 1.2
     more = Automagic_CameAMP_Improved_8Bit([weight], profile="memory_optimized", lr=1e-4, state_precision="8bit")
     assert more.param_groups[0]["state_precision"] == "8bit"
+
+
+@pytest.mark.slow
+def test_compiled_as_eager() -> None:
+    """Traced in full: an odd row, kernels, and signs."""
+    found: list[dict[str, Tensor]] = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        generator = torch.Generator().manual_seed(0)
+        named = [(n, nn.Parameter(torch.randn(s, generator=generator) / 8)) for n, s in SHAPES.items()]
+        optimizer = Automagic_CameAMP(named, lr=1e-4, state_precision="4bit", min_8bit_size=0, compile=compiled)
+        with traced():
+            for _ in range(3):
+                for _, p in named:
+                    p.grad = torch.randn(p.shape, generator=generator)
+                optimizer.step()
+        assert (counters["stats"]["unique_graphs"] > 0) == compiled
+        assert all(optimizer.state[p][k].dtype == torch.uint8 for _, p in named for k in ("exp_avg", "last_sign"))
+        held = [(n, {**optimizer.state[p], "weight": p.detach()}) for n, p in named]
+        found.append({f"{n} {k}": v.clone() for n, state in held for k, v in state.items()})
+    eager, graphs = found
+    for key, value in eager.items():
+        torch.testing.assert_close(graphs[key], value, rtol=1e-6, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}")
 
 
 # -- what it can follow ------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from hina_optim.engine.transfers import Fetched, Transfers
 from tests.far_device import FAR, Far, FarMode, near
 from tests.shards import run_sharded
 from tests.test_out_of_memory import Scarce, places
+from tests.traced import traced
 
 CPU = torch.device("cpu")
 #: Two stacked, a vector, one cut into chunks, one that begins at zero.
@@ -400,7 +401,7 @@ def test_compiled_steps(name: str) -> None:
     ends = []
     for device in ("cpu", None):
         params, optimizer = build(name, lambda v: v, state_device=device, compile=True)
-        with torch.compiler.set_stance("default", force_backend="eager"):
+        with traced():
             train(params, optimizer, range(5))
         assert counters["stats"]["unique_graphs"] > 0  # the second optimizer may use the graphs of the first
         assert (optimizer.host_state_bytes() > 0) == (device == "cpu")

@@ -36,7 +36,8 @@ def pack(codes: Tensor, bits: int, lead: int = 0) -> Tensor:
     if lead or behind:
         codes = torch.nn.functional.pad(codes, (lead, behind))
     codes = codes.contiguous()
-    if codes.storage_offset() % per_byte:
+    # what a graph packs it has made itself; a slice may begin where no wider integer can
+    if not torch.compiler.is_compiling() and codes.storage_offset() % per_byte:
         codes = codes.clone()
     # flat: only so is one dtype a view of another for every shape
     wide = codes.view(-1).view(dtype) & mask

@@ -13,6 +13,7 @@ from tests.every_optimizer import loss_of, make
 from tests.sharded.cells import TOLERANCE, Pieces
 from tests.sharded.engines import build, gradients, joined
 from tests.sharded.world import run
+from tests.traced import traced
 
 STEPS = 3
 #: A stack, rows that no world divides, kernels, a vector, and one number: an empty shard.
@@ -36,7 +37,7 @@ def trained(rank: int, name: str, compile_it: bool) -> tuple[list[Tensor], int]:
 
     named = [(f"p{i}", nn.Parameter(spread(value))) for i, value in enumerate(values(0))]
     optimizer = make(name, named, state_precision="fp32", compile=compile_it, use_loss_context=False)
-    with torch.compiler.set_stance("default", force_backend="eager"):
+    with traced():
         for step in range(STEPS):
             for (_, p), g in zip(named, values(step + 1), strict=True):
                 p.grad = spread(g)
@@ -68,7 +69,7 @@ def flat(rank: int, engine: str, name: str) -> tuple[Pieces, int]:
     from tests.sharded_state_cases import start  # loads the frameworks
 
     counters.clear()
-    with torch.compiler.set_stance("default", force_backend="eager"):
+    with traced():
         ran = start(engine, optimizer=name, compile=True, **OPTIONS)
         ran.step(STEPS)
     return ran.pieces(), int(counters["stats"]["unique_graphs"])
