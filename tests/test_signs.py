@@ -110,7 +110,7 @@ class _Alone(TensorCodec):
 
     lead: ClassVar[int] = 0
 
-    def __init__(self, compute: torch.dtype = torch.float32) -> None:
+    def __init__(self, compute: torch.dtype = torch.float32, bits: int = 2) -> None:
         super().__init__(torch.int8, compute)
 
 
