@@ -296,7 +296,7 @@ def test_endless_numbers():
 
 # -- profiles ----------------------------------------------------------------------------------------------------------
 
-#: Written out once more, as the documents of the design have them; the first two for less memory than it had.
+#: Written out once more, as the documents of the design have them, but for precision and long momentum of the first.
 TABLES = {
     "memory_optimized": dict(
         state_precision="4bit", enable_dual_momentum=False, force_8bit=True, min_8bit_size=1024,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hina_optim.state.codebooks import CELL_BITS, Tables, dynamic_tables, log_tables
-from hina_optim.state.packing import pack, packed_length, unpack
+from hina_optim.state.packing import pack, packed_shape, unpack
 
 __all__ = ["SMALLEST_SCALE", "BlockCodec", "LogCodec", "scale_"]
 
@@ -41,12 +41,6 @@ def _line_shape(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
     if len(shape) < 2:
         return (-(-torch.Size(shape).numel() // size),)
     return (shape[0], -(-torch.Size(shape[1:]).numel() // size))
-
-
-def _packed_shape(shape: tuple[int, ...], bits: int, lead: int = 0) -> tuple[int, ...]:
-    """Shape of packed codes: rows (none of a vector) and bytes of a row."""
-    row = int(torch.Size(shape[1:] if len(shape) > 1 else shape).numel())
-    return (*(shape[:1] if len(shape) > 1 else ()), packed_length(row, bits, lead))
 
 
 def _extremes(lines: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -173,7 +167,7 @@ class BlockCodec:
         """
         if suffix:
             return _line_shape(shape, self.block)
-        return _packed_shape(shape, self.bits) if self.packed else shape
+        return packed_shape(shape, self.bits) if self.packed else shape
 
     @property
     def noisy(self) -> bool:
@@ -231,9 +225,9 @@ class LogCodec:
 
     The three arguments are levels, exactly; the others are :func:`~hina_optim.state.codebooks.log_levels`: for 1e-7,
     1e-4 and 1e-3, they lie 1 % apart at the upper end, 1.9 % at the start, and less than 2e-6 below it (in 4 bits 19 %,
-    37 %, and 3e-5). With noise, a
-    value becomes one of the two levels around it so that the expected value is exact, and a level stays what it is:
-    what does not change is never moved by being stored. Values beyond the ends become the ends.
+    34 %, and 4e-5). With noise, a value becomes one of the two levels around it so that the expected value is exact,
+    and a level stays what it is: what does not change is never moved by being stored. Values beyond the ends become the
+    ends.
 
     Attributes:
         low: Smallest value, > 0.
@@ -278,7 +272,7 @@ class LogCodec:
 
     def part_shape(self, suffix: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The value's own shape; of packed codes ``(rows, bytes of a row)``, ``(bytes,)`` of a vector."""
-        return _packed_shape(shape, self.bits, self.lead) if self.packed else shape
+        return packed_shape(shape, self.bits, self.lead) if self.packed else shape
 
     @property
     def noisy(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "packed_length", "spread", "unpack"]
+__all__ = ["pack", "packed_length", "packed_shape", "spread", "unpack"]
 
 #: Bits of a code → an integer with a byte for each code of a byte, and the lowest ``bits`` of each of these bytes.
 _WIDE = {1: (torch.int64, 0x0101010101010101), 2: (torch.int32, 0x03030303), 4: (torch.int16, 0x0F0F)}
@@ -17,6 +17,12 @@ _WIDE = {1: (torch.int64, 0x0101010101010101), 2: (torch.int32, 0x03030303), 4: 
 def packed_length(n: int, bits: int, lead: int = 0) -> int:
     """Bytes of ``n`` codes, the first of which has ``lead`` places before it in its byte."""
     return -(-(lead + n) * bits // 8)
+
+
+def packed_shape(shape: tuple[int, ...], bits: int, lead: int = 0) -> tuple[int, ...]:
+    """Shape of packed codes of a value: rows of the matrix view (none of a vector) and bytes of a row."""
+    row = int(torch.Size(shape[1:] if len(shape) > 1 else shape).numel())
+    return (*(shape[:1] if len(shape) > 1 else ()), packed_length(row, bits, lead))
 
 
 def pack(codes: Tensor, bits: int, lead: int = 0) -> Tensor:

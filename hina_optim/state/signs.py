@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hina_optim.state.packing import pack, packed_length, spread, unpack
+from hina_optim.state.packing import pack, packed_shape, spread, unpack
 
 __all__ = ["SignCodec"]
 
@@ -51,8 +51,7 @@ class SignCodec:
 
     def part_shape(self, suffix: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """``(rows, bytes of a row)``, ``(bytes,)`` of a vector."""
-        row = int(torch.Size(shape[1:] if len(shape) > 1 else shape).numel())
-        return (*(shape[:1] if len(shape) > 1 else ()), packed_length(row, self.bits, self.lead))
+        return packed_shape(shape, self.bits, self.lead)
 
     @property
     def noisy(self) -> bool:
