@@ -127,7 +127,9 @@ def test_every_optimizer_moves(saver: tuple[str, int], loader: tuple[str, int], 
     check(saver, loader, NAMES, kind, tmp_path)
 
 
-@pytest.mark.parametrize(("saver", "loader", "kind"), [(*MOVES[0], "8bit"), (*MOVES[2], "bf16"), (*MOVES[6], "fp32")])
+@pytest.mark.parametrize(
+    ("saver", "loader", "kind"), [(*MOVES[0], "8bit"), (*MOVES[1], "4bit"), (*MOVES[2], "bf16"), (*MOVES[6], "fp32")]
+)
 def test_moves(saver: tuple[str, int], loader: tuple[str, int], kind: str, tmp_path: Path) -> None:
     check(saver, loader, ["HinaAdaptive", "Automagic_CameAMP_Improved_8Bit"], kind, tmp_path)
 

@@ -22,6 +22,7 @@ CASES: list[tuple[str, str, int, dict[str, Any]]] = [
     ("HinaAdaptive", "fp32", 1, {}),
     ("HinaAdaptive", "fp32", 1, {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}),
     ("Automagic_CameAMP_Improved", "8bit", 2, {}),
+    ("Automagic_CameAMP", "4bit", 1, {}),
     ("AdaptiveHinaAdamW", "bf16", 2, {"zero_force_ds_cpu_optimizer": False, "zero": OFFLOAD}),
     ("HinaAdaptive", "8bit", 3, {"zero": {"sub_group_size": 4000}}),
     ("Automagic_CameAMP", "fp32", 3, BF16),
