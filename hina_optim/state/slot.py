@@ -25,9 +25,9 @@ class Slot:
             ``"fp32"`` never goes lower; ``"param"`` is the parameter's own dtype (exact for a copy of the weights);
             ``"int8"`` holds small integers exactly.
         code: How 8 bits hold it: ``"signed"`` or ``"unsigned"`` values in blocks with a scale, or fixed levels; None
-            for what needs 16 bits. ``"ternary"``, with precision ``"int8"``: it is -1, 0 or 1, which takes 2 bits. Where
-            4 bits are asked for, signed values that are not slow and fixed levels take 4, and ternary ones 1: 0 becomes
-            1 there, so a technique that may meet one before it has written another must not count on it.
+            for what needs 16 bits. ``"ternary"``, with precision ``"int8"``: it is -1, 0 or 1, which takes 2 bits.
+            Where 4 bits are asked for, signed values that are not slow and fixed levels take 4, and ternary ones 1: 0
+            becomes 1 there, so a technique must not count on a 0 that it has not overwritten yet.
         slow: True if one step changes it by less than 8 bits tell apart: then they are rounded stochastically.
         mean_of: ``(name, "row")`` or ``(name, "column")``: this is the mean of the state ``name`` over each row or
             column of the matrix view. Where a recipe comes to keep one in the place of the other, it is made of it.
