@@ -71,6 +71,7 @@ DRAWN: dict[str, list[Any]] = {
     "frequency_penalty": [0.05, 0.9],
     "detail_preservation": [0.8, 2.5],
     "background_regularization": [False, True],
+    "factored_image_state": [False, True],
     "lora_rank_penalty": [False, True],
     "rank_penalty_strength": [0.01, 1.0],
     "low_rank_emphasis": [1.2, 0.5],

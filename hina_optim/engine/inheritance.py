@@ -1,7 +1,7 @@
 """State that is made of other state when a recipe comes to keep the one in the place of the other.
 
-A second moment becomes the means of its rows and columns, and is made of them again. Everything new is there before
-anything old is given up, on all ranks or on none.
+A second moment, say, becomes the means of its rows and columns, and is made of them again. Everything new is there
+before anything old is given up, on all ranks or on none.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Heirs:
             return
         if layout.sharded and not together:
             raise ValueError(
-                f"{type(optimizer).__name__}: an option that was changed in a group turns second moments into means of "
+                f"{type(optimizer).__name__}: an option that was changed in a group turns state into means of its "
                 "rows and columns, or back, and the parameters are sharded: put it back, and call "
                 "optimizer.change_options() on all ranks, which add up what each has."
             )

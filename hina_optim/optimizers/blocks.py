@@ -9,23 +9,24 @@ from hina_optim.techniques.ada_decay import AdaDecay
 from hina_optim.techniques.adam import AdamMoments
 from hina_optim.techniques.adopt import AdoptNormalization, Momentum
 from hina_optim.techniques.agr import AdaptiveGradientRegularization
-from hina_optim.techniques.background import BackgroundRegularization
+from hina_optim.techniques.background import BackgroundMeans, BackgroundRegularization, LowActivity
 from hina_optim.techniques.base import ParamInfo, Technique
 from hina_optim.techniques.cautious import Cautious
 from hina_optim.techniques.edge import EdgeSuppression
-from hina_optim.techniques.factored_moments import FactoredAdam, FactoredAdopt, saves
+from hina_optim.techniques.factored_moments import FactoredAdam, FactoredAdopt
 from hina_optim.techniques.frequency import FrequencyPenalty
 from hina_optim.techniques.grams import Grams
 from hina_optim.techniques.importance import ImportanceScaling
 from hina_optim.techniques.kronecker import KroneckerRates
 from hina_optim.techniques.loss_context import LossContext
 from hina_optim.techniques.lr_mask import LearningRateMask
+from hina_optim.techniques.means import saves
 from hina_optim.techniques.orthogonal import OrthogonalGradient
 from hina_optim.techniques.rank_penalty import RankPenalty
 from hina_optim.techniques.relationships import Relationships
 from hina_optim.techniques.role_rates import RoleRates
 from hina_optim.techniques.row_scaling import RowScaling
-from hina_optim.techniques.spatial import SpatialAwareness
+from hina_optim.techniques.spatial import FactoredSpatialAwareness, SpatialAwareness
 from hina_optim.techniques.spd import SelectiveProjectionDecay
 from hina_optim.techniques.tam import TorqueAwareMomentum
 from hina_optim.techniques.weight_decay import DecoupledWeightDecay
@@ -85,15 +86,17 @@ def adaptation(g: Group) -> list[Technique]:
     ]
 
 
-def images(g: Group) -> list[Technique]:
+def images(g: Group, info: ParamInfo) -> list[Technique]:
     """What keeps image models from over-fitting to edges, high frequencies, busy regions and the background."""
+    factored = g["factored_image_state"] and saves(info)
     chain: list[Technique] = []
     if g["edge_suppression"]:
         chain.append(EdgeSuppression(g["edge_penalty"], g["edge_threshold"]))
     if g["spatial_awareness"]:
-        chain += [FrequencyPenalty(g["frequency_penalty"]), SpatialAwareness(g["detail_preservation"])]
+        spatial = FactoredSpatialAwareness if factored else SpatialAwareness
+        chain += [FrequencyPenalty(g["frequency_penalty"]), spatial(g["detail_preservation"])]
     if g["background_regularization"]:
-        chain.append(BackgroundRegularization())
+        chain += [LowActivity(), BackgroundMeans()] if factored else [BackgroundRegularization()]
     return chain
 
 

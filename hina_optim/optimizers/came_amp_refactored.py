@@ -88,6 +88,7 @@ class RefactoredAutomagicCameAMP(ImprovedFamily):
         frequency_penalty: float = 0.05,
         detail_preservation: float = 0.8,
         background_regularization: bool = True,
+        factored_image_state: bool = False,
         lora_rank_penalty: bool = True,
         rank_penalty_strength: float = 0.01,
         low_rank_emphasis: float = 1.2,

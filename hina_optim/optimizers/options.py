@@ -174,6 +174,11 @@ OPTIONS: dict[str, Option] = {
     "background_regularization": Option(
         rule.FLAG, "Up to halve the gradient of elements that are nearly always small."
     ),
+    "factored_image_state": Option(
+        rule.FLAG,
+        "Of what spatial awareness and background regularization remember of a matrix or kernel keep the means of rows "
+        "and columns only, where those are fewer numbers.",
+    ),
     "lora_rank_penalty": Option(
         rule.FLAG,
         "Push down the singular values beyond a rank, of the product B·A for a LoRA pair, and emphasize the leading "

@@ -193,6 +193,7 @@ class ReferenceCameAMPImproved(ReferenceCame):
         "frequency_penalty": 0.05,
         "detail_preservation": 0.8,
         "background_regularization": True,
+        "factored_image_state": False,
         "lora_rank_penalty": True,
         "rank_penalty_strength": 0.01,
         "low_rank_emphasis": 1.2,

@@ -160,13 +160,15 @@ class Reference(Population, ABC):
         """Edges, high frequencies, busy regions and background damped; and the factor on the bumps of the mask."""
         group, state = self.group_of[i], self.state[i]
         bump_scale = None
+        factored = group["factored_image_state"]
         if group["edge_suppression"]:
             grad = image.edge_suppression(grad, group["edge_penalty"], group["edge_threshold"])
         if group["spatial_awareness"]:
             grad = image.frequency_penalty(grad, group["frequency_penalty"])
-            grad, state.spatial, bump_scale = image.spatial_awareness(grad, state.spatial, group["detail_preservation"])
+            strength = group["detail_preservation"]
+            grad, state.spatial, bump_scale = image.spatial_awareness(grad, state.spatial, strength, factored)
         if group["background_regularization"]:
-            grad, state.background = image.background_regularization(grad, state.background)
+            grad, state.background = image.background_regularization(grad, state.background, factored)
         return grad, bump_scale
 
     def _penalized(self, i: int, grad: Tensor) -> Tensor:

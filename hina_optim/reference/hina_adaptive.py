@@ -24,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "frequency_penalty": 0.05,
     "detail_preservation": 0.8,
     "background_regularization": False,
+    "factored_image_state": False,
     "lora_rank_penalty": False,
     "rank_penalty_strength": 0.01,
     "low_rank_emphasis": 1.2,

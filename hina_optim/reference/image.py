@@ -15,6 +15,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from hina_optim.reference.factored import means, saves, spread
+
 __all__ = ["background_regularization", "edge_suppression", "frequency_penalty", "spatial_awareness"]
 
 Place = tuple[int, ...]
@@ -80,13 +82,16 @@ def frequency_penalty(grad: Tensor, penalty: float) -> Tensor:
     return out
 
 
-def spatial_awareness(grad: Tensor, state: Tensor, detail_preservation: float) -> tuple[Tensor, Tensor, Tensor]:
+def spatial_awareness(
+    grad: Tensor, state: Tensor, detail_preservation: float, factored: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """``g / (1 + detail_preservation·max(ŝ - 1, 0))`` with ``ŝ`` the running variance relative to its mean.
 
     Args:
         grad: Gradient of one parameter, any shape.
         state: Running variance before this step, zeros at first; shape of ``grad``.
         detail_preservation: Strength, >= 0.
+        factored: Use what the means of its rows and columns say of the running variance, where those are fewer.
 
     Returns:
         The damped gradient, the running variance after this step, and the factor on the bumps of the learning-rate
@@ -106,20 +111,22 @@ def spatial_awareness(grad: Tensor, state: Tensor, detail_preservation: float) -
             variance = sum((x - middle) ** 2 for x in values) / len(values)
             s[lead + place] = 0.9 * float(s[lead + place]) + 0.1 * (variance if variance > floor else 0.0)
     mean = sum(float(s[index]) for index in _places(tuple(s.shape))) / s.numel()
+    used = _known(s, factored)
     out, bump = torch.zeros_like(g), torch.zeros_like(g)
     for index in _places(tuple(g.shape)):
-        relative = float(s[index]) / mean if mean > 0 else 0.0
+        relative = float(used[index]) / mean if mean > 0 else 0.0
         out[index] = float(g[index]) / (1 + detail_preservation * max(relative - 1, 0.0))
         bump[index] = min(max(relative * detail_preservation, 0.5), 1.5)
     return out, s, bump
 
 
-def background_regularization(grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def background_regularization(grad: Tensor, state: Tensor, factored: bool = False) -> tuple[Tensor, Tensor]:
     """``g · (1 - b/2)``, ``b`` the running share of steps with ``|g| < mean - std/2``, ``std`` at least ``mean/1000``.
 
     Args:
         grad: Gradient of one parameter, any shape.
         state: ``b`` before this step, zeros at first; shape of ``grad``.
+        factored: Use what the means of its rows and columns say of ``b``, at most 1, where those are fewer.
 
     Returns:
         The shrunk gradient and ``b`` after this step, float64. Of a single element, both as they were.
@@ -135,8 +142,17 @@ def background_regularization(grad: Tensor, state: Tensor) -> tuple[Tensor, Tens
     bar = mean - max(std, 1e-3 * mean) / 2
     for index, size in sizes.items():
         b[index] = 0.95 * float(b[index]) + 0.05 * (1.0 if size < bar else 0.0)
-        out[index] = float(g[index]) * (1 - float(b[index]) / 2)
+    used = _known(b, factored)
+    for index in sizes:
+        out[index] = float(g[index]) * (1 - min(float(used[index]), 1.0) / 2)
     return out, b
+
+
+def _known(average: Tensor, factored: bool) -> Tensor:
+    """A running average as it is, or what its means of rows and columns say of it, which are running averages, too."""
+    if factored and saves(average):
+        return spread(means(average), average)
+    return average
 
 
 def _plane_sizes(g: Tensor) -> tuple[int, ...]:

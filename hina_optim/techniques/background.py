@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from hina_optim.techniques.base import Flow, ParamInfo, Slot, Sums, Technique
+from hina_optim.techniques.means import Means, relative, saves
 from hina_optim.techniques.products import inner
 
-__all__ = ["BACKGROUND", "BackgroundRegularization"]
+__all__ = ["BACKGROUND", "BackgroundMeans", "BackgroundRegularization", "LowActivity"]
 
 #: Share of recent steps with low activity, in [0, 1]. Only half of it is used, as a factor: bf16 is enough.
 BACKGROUND = Slot("background", code="unsigned", slow=True)
+#: The same by row and by column.
+MEANS = Means(BACKGROUND.name)
+#: Which elements are low, where two techniques share the work.
+LOW = "background.low"
 
 #: Smallest spread of |g| to believe in, as a share of its mean: float32 sums of squares do not resolve a smaller one,
 #: and with none at all the rounding of the mean alone would decide which elements of a constant gradient are low.
@@ -58,11 +63,63 @@ class BackgroundRegularization(Technique):
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Mark the low elements and shrink those that have been low for long."""
-        grad = flow["grad"]
-        mean = totals["size"] / flow.count
-        variance = totals["square"] / flow.count - mean.square()
-        std = torch.maximum(variance, (_SPREAD * mean).square()).sqrt()
-        low = grad.abs().lt_(mean - std / 2)  # 1 or 0: boolean tensors are slow
-        background = torch.lerp(flow.state["background"], low, 0.05)
+        background = torch.lerp(flow.state["background"], _low(flow, totals), 0.05)
         flow.new["background"] = background
-        flow["grad"] = torch.addcmul(grad, grad, background, value=-0.5)
+        flow["grad"] = torch.addcmul(flow["grad"], flow["grad"], background, value=-0.5)
+
+
+def _low(flow: Flow, totals: dict[str, Tensor]) -> Tensor:
+    """1 where ``|g|`` is low, else 0: boolean tensors are slow."""
+    mean = totals["size"] / flow.count
+    variance = totals["square"] / flow.count - mean.square()
+    std = torch.maximum(variance, (_SPREAD * mean).square()).sqrt()
+    return flow["grad"].abs().lt_(mean - std / 2)
+
+
+class LowActivity(BackgroundRegularization):
+    """The first half of :class:`BackgroundRegularization` where of ``b`` means are kept: which elements are low.
+
+    It changes no gradient, but says so, for :class:`BackgroundMeans` to come in a segment of its own.
+    """
+
+    def slots(self, info: ParamInfo) -> tuple[Slot, ...]:
+        """None."""
+        return ()
+
+    def applies(self, info: ParamInfo) -> bool:
+        """Where means are fewer numbers."""
+        return saves(info)
+
+    def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
+        """Mark the low elements."""
+        flow[LOW] = _low(flow, totals)
+
+
+class BackgroundMeans(Technique):
+    """The second half: ``g ← g·(1 - b/2)``, with ``b_ij = min(R_i·C_j / mean(R), 1)`` (:class:`~.means.Means`).
+
+    ``R`` and ``C`` are the shares of low activity by row and by column, 0.95 of the old ones and 0.05 of the new.
+    """
+
+    name: ClassVar[str] = "background_means"
+    sums_over: ClassVar[frozenset[str]] = frozenset({"grad"})
+    settles: ClassVar[frozenset[str]] = frozenset({"grad"})
+    by_rows: ClassVar[bool] = True
+
+    def slots(self, info: ParamInfo) -> tuple[Slot, ...]:
+        """One number a row and one a column."""
+        return MEANS.declared(info)
+
+    def applies(self, info: ParamInfo) -> bool:
+        """Where means are fewer numbers."""
+        return saves(info)
+
+    def sums(self, flow: Flow) -> Sums:
+        """Low elements, by row and by column."""
+        return MEANS.sums(flow[LOW])
+
+    def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
+        """Shrink what has been low for long."""
+        rows, columns = MEANS.follow(flow, totals, 0.95)
+        background = (flow.over_rows(relative(rows)) * flow.over_columns(columns)).clamp_(max=1)
+        flow["grad"] = torch.addcmul(flow["grad"], flow["grad"], background, value=-0.5)

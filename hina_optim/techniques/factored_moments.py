@@ -9,45 +9,23 @@ from torch import Tensor
 from hina_optim.state.slot import EXP_AVG, Slot
 from hina_optim.techniques.adam import AdamMoments
 from hina_optim.techniques.adopt import AdoptNormalization
-from hina_optim.techniques.base import ByColumn, ByRow, Flow, ParamInfo, Sums
-from hina_optim.techniques.factored import SMALLEST
+from hina_optim.techniques.base import Flow, ParamInfo, Sums
+from hina_optim.techniques.means import Means, relative, saves
 
-__all__ = ["FactoredAdam", "FactoredAdopt", "saves"]
+__all__ = ["FactoredAdam", "FactoredAdopt"]
 
-ROW, COLUMN = "exp_avg_sq_row", "exp_avg_sq_col"
-
-
-def saves(info: ParamInfo) -> bool:
-    """Whether rows and columns are fewer numbers than elements; decided on the global shape."""
-    return info.is_matrix and info.rows + info.columns < info.numel
-
-
-def factors(info: ParamInfo) -> tuple[Slot, Slot]:
-    """One number a row and one a column."""
-    return (
-        Slot(ROW, shape=(info.rows,), precision="fp32", mean_of=("exp_avg_sq", "row")),
-        Slot(COLUMN, shape=(info.columns,), precision="fp32", mean_of=("exp_avg_sq", "column")),
-    )
+#: Of the second moment, what is kept.
+MEANS = Means("exp_avg_sq")
 
 
 def squares(x: Tensor) -> Sums:
     """Squares, by row and by column."""
-    square = x * x
-    return {"rows": ByRow(square), "columns": ByColumn(square)}
-
-
-def follow(flow: Flow, totals: dict[str, Tensor], keep: float | Tensor) -> tuple[Tensor, Tensor]:
-    """The means after this step: ``keep`` times the old ones, and the rest of those of the squares."""
-    rows = keep * flow.state[ROW] + (1 - keep) / flow.columns * totals["rows"]
-    columns = keep * flow.state[COLUMN] + (1 - keep) / flow.rows * totals["columns"]
-    flow.new[ROW], flow.new[COLUMN] = rows, columns
-    return rows, columns
+    return MEANS.sums(x * x)
 
 
 def root(flow: Flow, rows: Tensor, columns: Tensor) -> Tensor:
     """``√(R_i·C_j / mean(R))`` for the elements present; the two factors apart, because their product may overflow."""
-    share = rows / rows.mean(1, keepdim=True).clamp(min=SMALLEST)
-    return flow.over_rows(share.sqrt()) * flow.over_columns(columns.sqrt())
+    return flow.over_rows(relative(rows).sqrt()) * flow.over_columns(columns.sqrt())
 
 
 class FactoredAdopt(AdoptNormalization):
@@ -77,12 +55,12 @@ class FactoredAdopt(AdoptNormalization):
 
     def slots(self, info: ParamInfo) -> tuple[Slot, ...]:
         """One number a row and one a column."""
-        return factors(info)
+        return MEANS.declared(info)
 
     def transform(self, flow: Flow) -> None:
         """Set what enters the first moment."""
         bound = flow.scalar(self, "bound")
-        past = root(flow, flow.state[ROW], flow.state[COLUMN]).clamp_(min=self.eps)
+        past = root(flow, *MEANS.held(flow)).clamp_(min=self.eps)
         flow["incoming"] = (flow["grad"] / past).clamp_max_(bound).clamp_min_(-bound)
         flow["lr"] = flow["lr"] * flow.scalar(self, "open")
         flow["rate"] = flow["rate"] * flow.scalar(self, "open")
@@ -93,7 +71,7 @@ class FactoredAdopt(AdoptNormalization):
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """The new means."""
-        follow(flow, totals, flow.scalar(self, "keep").reshape(-1, 1))
+        MEANS.follow(flow, totals, flow.scalar(self, "keep").reshape(-1, 1))
 
 
 class FactoredAdam(AdamMoments):
@@ -120,7 +98,7 @@ class FactoredAdam(AdamMoments):
 
     def slots(self, info: ParamInfo) -> tuple[Slot, ...]:
         """The first moment, and of the second one number a row and one a column."""
-        return (EXP_AVG, *factors(info))
+        return (EXP_AVG, *MEANS.declared(info))
 
     def transform(self, flow: Flow) -> None:
         """Nothing: the second moment counts this step's gradient."""
@@ -135,7 +113,7 @@ class FactoredAdam(AdamMoments):
         damped = incoming if damping is None else damping * incoming
         m = self.beta1 * flow.state["exp_avg"] + (1 - self.beta1) * damped
         flow.new["exp_avg"] = m
-        now = root(flow, *follow(flow, totals, self.beta2)) * flow.scalar(self, "correct2")
+        now = root(flow, *MEANS.follow(flow, totals, self.beta2)) * flow.scalar(self, "correct2")
         flow["update"] = m * flow.scalar(self, "correct1") / (now + self.eps)
 
 

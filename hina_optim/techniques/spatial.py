@@ -9,13 +9,16 @@ from torch import Tensor
 
 from hina_optim import arguments as rule
 from hina_optim.techniques.base import Flow, ParamInfo, Slot, Sums, Technique
+from hina_optim.techniques.means import Means, relative, saves
 from hina_optim.techniques.stencils import NOISE, has_neighbors, keep_above, neighborhood_variance, rms
 
-__all__ = ["SPATIAL_VARIANCE", "SpatialAwareness"]
+__all__ = ["SPATIAL_VARIANCE", "FactoredSpatialAwareness", "SpatialAwareness"]
 
 #: Running variance of the neighborhood. Only its ratio to its own mean is used, and it forgets a tenth a step: the
 #: 8 bits of a bf16 mantissa are enough.
 SPATIAL_VARIANCE = Slot("spatial_variance", code="unsigned", slow=True)
+#: The same by row and by column.
+MEANS = Means(SPATIAL_VARIANCE.name)
 
 
 class SpatialAwareness(Technique):
@@ -86,8 +89,42 @@ class SpatialAwareness(Technique):
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Damp where the running variance is above its mean."""
         mean = totals["variance"] / flow.count
-        strength = self.detail_preservation
-        # p·ŝ, from which 1 + p·max(ŝ - 1, 0) = max(p·ŝ + (1 - p), 1)
-        busy = flow.new["spatial_variance"] / torch.where(mean > 0, mean / strength, torch.inf)
+        self._damp(
+            flow, flow.new["spatial_variance"] / torch.where(mean > 0, mean / self.detail_preservation, torch.inf)
+        )
+
+    def _damp(self, flow: Flow, busy: Tensor) -> None:
+        """``busy`` is p·ŝ, from which 1 + p·max(ŝ - 1, 0) = max(p·ŝ + (1 - p), 1); it is overwritten."""
         flow["bump_scale"] = busy.clamp(0.5, 1.5)
-        flow["grad"] = flow["grad"] / busy.add_(1 - strength).clamp_(min=1)
+        flow["grad"] = flow["grad"] / busy.add_(1 - self.detail_preservation).clamp_(min=1)
+
+
+class FactoredSpatialAwareness(SpatialAwareness):
+    """:class:`SpatialAwareness` that keeps of the running variance the means of rows and columns, for matrices.
+
+    ``s_ij = R_i·C_j / mean(R)`` (:class:`~.means.Means`), so ``ŝ_ij = R_i·C_j / mean(R)²``: where a neighborhood stands
+    out of its row and of its column, that is not remembered.
+    """
+
+    by_rows: ClassVar[bool] = True
+
+    def slots(self, info: ParamInfo) -> tuple[Slot, ...]:
+        """One number a row and one a column."""
+        return MEANS.declared(info)
+
+    def applies(self, info: ParamInfo) -> bool:
+        """As without factors, where they are fewer numbers."""
+        return super().applies(info) and saves(info)
+
+    def transform(self, flow: Flow) -> None:
+        """Nothing: the means follow once their sums are known."""
+
+    def sums(self, flow: Flow) -> Sums:
+        """The variance, by row and by column."""
+        return MEANS.sums(flow["spatial.whole"])
+
+    def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
+        """Damp where the running variance is above its mean."""
+        rows, columns = MEANS.follow(flow, totals, 0.9)
+        strength = self.detail_preservation
+        self._damp(flow, flow.over_rows(relative(rows) * strength) * flow.over_columns(relative(columns)))
