@@ -30,16 +30,14 @@ SHAPES = ((3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096))
 GOALS = {"memory_optimized": 1.2, "balanced": 2.6, "quality_optimized": 8.0}
 
 PROFILED = "Automagic_CameAMP_Improved_8Bit"
-IMAGES_OFF = {"spatial_awareness": False, "background_regularization": False}
 #: What else to give beside a profile, for more or for less.
 WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("memory_optimized", {"state_precision": "8bit"}),
     ("memory_optimized", {"enable_dual_momentum": True}),
     ("memory_optimized", {"state_precision": "8bit", "use_lr_mask": False}),
-    ("balanced", {"state_precision": "4bit"}),
-    ("balanced", {"state_precision": "4bit", "enable_dual_momentum": False}),
-    ("balanced", {"state_precision": "4bit", **IMAGES_OFF}),
-    ("balanced", {"enable_dual_momentum": False, **IMAGES_OFF}),
+    ("balanced", {"state_precision": "8bit"}),
+    ("balanced", {"factored_image_state": False}),
+    ("balanced", {"state_precision": "8bit", "enable_dual_momentum": False}),
 )
 
 Build = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]

@@ -308,8 +308,9 @@ TABLES = {
         lora_rank_penalty=True, frequency_penalty=0.08, rank_penalty_strength=0.02, verbose=True,
     ),
     "balanced": dict(
-        min_8bit_size=4096, edge_suppression=True, edge_penalty=0.1, background_regularization=True,
-        spatial_awareness=True, lora_rank_penalty=True, frequency_penalty=0.05, verbose=True,
+        state_precision="4bit", factored_image_state=True, min_8bit_size=4096, edge_suppression=True, edge_penalty=0.1,
+        background_regularization=True, spatial_awareness=True, lora_rank_penalty=True, frequency_penalty=0.05,
+        verbose=True,
     ),
 }  # fmt: skip
 
