@@ -265,8 +265,12 @@ def compare(named: Named, reference: Reference, relative: float, dtype: torch.dt
             still.append(label)
         error = float((p.detach().double() - expected).abs().max()) / max(moved, 1e-6)
         assert error <= relative, f"{label}: {error:.3e} of its movement"
-    # a strong pull to the anchor may hold a parameter of one element
-    assert set(still) <= {"one", "scalar"}, f"{still} stand still: that would prove nothing"
+    # a strong pull to the anchor may hold a parameter of one element; a stronger one takes any of them back all the way
+    # once its last step was at least half of its distance
+    returns = any(g.get("use_spd") and g["spd_lambda"] > 1 for g in reference.param_groups)
+    assert set(still) <= {"one", "scalar"} or (returns and len(still) < len(named) / 4), (
+        f"{still} stand still: that would prove nothing"
+    )
 
 
 def draws(name: str) -> st.SearchStrategy[dict[str, Any]]:

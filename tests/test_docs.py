@@ -148,7 +148,7 @@ def tables_of(text: str, heading: str) -> list[list[list[str]]]:
 def test_every_technique_is_on_the_page_of_techniques() -> None:
     page = page_of("techniques.md")
     folder = ROOT / "hina_optim" / "techniques"
-    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "base", "products", "stencils"}
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "base", "means", "products", "stencils"}
     missing = {name for name in files if f"`{name}.py`" not in page}
     assert not missing, sorted(missing)
     modules = [importlib.import_module(f"hina_optim.techniques.{name}") for name in files]
@@ -174,6 +174,7 @@ COLUMNS = (
 VARIANTS: list[dict[str, Any]] = [
     {},
     dict(use_loss_context=True, use_orthogonal_grad=True, edge_suppression=True, spatial_awareness=True),
+    dict(background_regularization=True, factored_image_state=True),
     dict(background_regularization=True, lora_rank_penalty=True, use_grams=True, full_finetune=True),
     dict(use_adopt_stability=False, use_ada_decay=False),
     dict(regularization=[type("R", (RegularizationStrategy,), {"apply": lambda self, grad, **kwargs: grad})()]),
