@@ -25,9 +25,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "HinaAdamWOptimizer": _ADAMW,
     "Automagic_CameAMP": _CAME,
     "Automagic_CameAMP_Improved": _IMPROVED,
-    "RefactoredAutomagicCameAMP": {**_IMPROVED, "full_finetune": True},
+    "RefactoredAutomagicCameAMP": {**_IMPROVED, "full_finetune": True, "factored_image_state": True},
     "Automagic_CameAMP_8bit": _CAME,
-    "Automagic_CameAMP_Improved_8Bit": _IMPROVED,
+    "Automagic_CameAMP_Improved_8Bit": {**_IMPROVED, "factored_image_state": True},
     "Automagic_CameAMP_COptim": {"warmup_steps": 4, "lr_bump": 1e-5, "momentum_scales": (1, 2, 3)},
     "Automagic_CameAMP_COptim8bit": {"warmup_steps": 4, "lr_bump": 1e-5, "momentum_scales": (1, 2, 3)},
 }

@@ -106,6 +106,13 @@ def test_everything() -> None:
     compare(*run_both([(6, 5)], settled=2, **{**EVERYTHING, **options}))
 
 
+@pytest.mark.slow
+def test_images_by_rows_and_columns() -> None:
+    """What is low in an element goes from one segment to the next, in matrices, kernels, and where nothing is saved."""
+    images = {"spatial_awareness": True, "background_regularization": True, "factored_image_state": True}
+    compare(*run_both([(12, 10), (6, 4, 3, 3), (2, 2)], settled=2, **{**NOTHING, **images}))
+
+
 def test_a_large_parameter_in_chunks() -> None:
     """One graph a segment, for any number of chunks of any size."""
     small = {"max_buffer_memory_mb": 1}

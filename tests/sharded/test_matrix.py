@@ -62,7 +62,7 @@ DIAGONAL = [
     ("fsdp1", 2, ["HinaAdaptive"], ["fp32"]),
     ("fsdp1 flat", 2, ["HinaAdamWOptimizer"], ["bf16"]),
     ("zero1", 2, ["Automagic_CameAMP_COptim"], ["fp32"]),
-    ("zero1", 2, ["HinaAdaptive"], ["4bit"]),
+    ("zero1", 2, ["HinaAdaptive", "Automagic_CameAMP_Improved_8Bit"], ["4bit"]),
     ("zero2", 2, ["AdaptiveHinaAdamW"], ["fp32"]),
     ("zero3", 2, ["Automagic_CameAMP_Improved"], ["8bit"]),
 ]
