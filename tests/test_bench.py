@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import bench, contenders, gauges, report, workloads
+from benchmarks import bench, contenders, gauges, image_state, report, workloads
 from hina_optim import HinaAdaptive
 
 CPU = torch.device("cpu")
@@ -313,3 +313,11 @@ def test_the_page_has_the_marks() -> None:
 def test_leaves_are_plain_tensors() -> None:
     x = torch.ones(3)
     assert [type(v) for v in gauges.leaves({"a": [x, (x, 3)], "b": None})] == [Tensor, Tensor]
+
+
+def test_ways_of_image_state_differ_in_state_alone() -> None:
+    """One model, its patches and the first losses; what is kept decides the last digits."""
+    found = {way: image_state.loss(options, 1e-3, 0, 6, 16) for way, options in image_state.WAYS.items()}
+    first = found["fp32, whole"]
+    assert len(set(found.values())) == len(found)
+    assert all(abs(value / first - 1) < 0.1 for value in found.values()), found

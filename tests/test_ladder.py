@@ -24,6 +24,7 @@ from tests.test_engine_memory import peak
 from tests.test_out_of_memory import Scarce, places
 
 TINY = 1e-9
+KINDS_OF_MEANS = ("second_moment", "image_state")
 Named = list[tuple[str, nn.Parameter]]
 
 
@@ -110,6 +111,21 @@ def test_techniques_are_switched_off_last_and_by_name(caplog: pytest.LogCaptureF
     assert {name: levels[name] for name in names} == dict(zip(names, ["INFO"] * 2 + ["WARNING"] * 4, strict=True))
     assert all(not {"anchor", "lr_mask", "last_sign", "importance"} & set(state) for state in optimizer.state.values())
     go_on(named, optimizer, 3, 5)
+    assert all(p.isfinite().all() for _, p in named)
+
+
+def test_images_are_factored_before_anything_is_switched_off() -> None:
+    """And are whole again on the way back; without image techniques there is nothing to save, and no such rung."""
+    named, optimizer = trained(spatial_awareness=True, background_regularization=True)
+    full = used_bytes(optimizer)
+    report = optimize_for_vram(optimizer, below(optimizer, 4))
+    assert [action["rung"] for action in report["actions"]][2:] == [f"factored_{k}=True" for k in KINDS_OF_MEANS]
+    assert {"spatial_variance_row", "background_col"} <= optimizer.state[named[0][1]].keys()
+    go_on(named, optimizer, 3, 5)
+    relax_vram(optimizer, 1.0)
+    assert used_bytes(optimizer) == full and not optimizer.param_groups[0]["factored_image_state"]
+    assert {"spatial_variance", "background"} <= optimizer.state[named[0][1]].keys()
+    go_on(named, optimizer, 5, 7)
     assert all(p.isfinite().all() for _, p in named)
 
 

@@ -227,6 +227,7 @@ LADDER: tuple[Rung, ...] = (
     StateTo("8bit", "moments keep 8 bits with a scale for each 256, masks 256 levels; what has no code stays as it is"),
     ToHost("state_device", "no quality; a step fetches moments and masks from the host, and writes them back"),
     FactorSecondMoment("of the second moments of matrices, the means of rows and columns; their product stands for it"),
+    Simplify("factored_image_state", True, "of what image techniques remember, the means of rows and columns"),
     Simplify("use_dynamic_adaptation", False, "parameters no longer get learning rate for their importance"),
     Simplify("enable_dual_momentum", False, "no long momentum"),
     Simplify("use_spd", False, "weights are no longer drawn back to where they began; that place is forgotten"),
