@@ -7,12 +7,15 @@ from typing import ClassVar
 from torch import Tensor
 
 from hina_optim import arguments
-from hina_optim.techniques.base import ByColumn, ByRow, Flow, ParamInfo, Slot, Sums, Technique
-from hina_optim.techniques.factored import SMALLEST, follow_factors
+from hina_optim.techniques.base import Flow, ParamInfo, Slot, Sums, Technique
+from hina_optim.techniques.factored import follow_factors
+from hina_optim.techniques.means import SMALLEST, Means
 from hina_optim.techniques.products import inner
 
 __all__ = ["LIMIT", "Confidence"]
 
+#: Of the squared deviations, what is kept.
+MEANS = Means("exp_avg_res")
 #: Largest mean of |step| over a parameter, in units of the rate.
 LIMIT = 2.0
 #: A direction whose mean square is below this is no direction.
@@ -71,12 +74,7 @@ class Confidence(Technique):
 
     def slots(self, info: ParamInfo) -> tuple[Slot, ...]:
         """One number a row and one a column; decided on the global shape."""
-        if not info.is_matrix:
-            return ()
-        return (
-            Slot("exp_avg_res_row", shape=(info.rows,), precision="fp32"),
-            Slot("exp_avg_res_col", shape=(info.columns,), precision="fp32"),
-        )
+        return MEANS.declared(info) if info.is_matrix else ()
 
     def scalars(self, t: Tensor) -> dict[str, Tensor]:
         """The factor that undoes the bias towards zero."""
@@ -91,12 +89,10 @@ class Confidence(Technique):
         clip = flow.get("clip")
         moment = flow.new["exp_avg"]
         deviation = x - moment if clip is None else (clip * x).sub_(moment)
-        square = deviation.square_()
-        return {"rows": ByRow(square), "columns": ByColumn(square), "squares": inner(flow["update"], flow["update"])}
+        return {**MEANS.sums(deviation.square_()), "squares": inner(flow["update"], flow["update"])}
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Update the factors and divide the direction by their root."""
-        names = ("exp_avg_res_row", "exp_avg_res_col")
-        a, b = follow_factors(flow, names, totals, self.beta3, flow.scalar(self, "correct"), self.eps)
+        a, b = follow_factors(flow, MEANS, totals, self.beta3, flow.scalar(self, "correct"), self.eps)
         largest = LIMIT * (totals["squares"] / flow.count).clamp(min=NOTHING).rsqrt()
         flow["update"] = (flow.over_rows(a) * flow.over_columns(b)).clamp_max_(flow.once(largest)).mul_(flow["update"])

@@ -8,16 +8,17 @@ from torch import Tensor
 
 from hina_optim import arguments
 from hina_optim.state.slot import EXP_AVG_SQ, Slot
-from hina_optim.techniques.base import ByColumn, ByRow, Flow, ParamInfo, Sums, Technique
+from hina_optim.techniques.base import Flow, ParamInfo, Sums, Technique
+from hina_optim.techniques.means import SMALLEST, Means
 
 __all__ = ["FactoredNormalization", "UnfactoredNormalization", "follow_factors"]
 
-#: An ε below this counts as this: float32 knows no smaller number that can be divided by.
-SMALLEST = 1e-37
+#: Of the second moment, what is kept.
+MEANS = Means(EXP_AVG_SQ.name)
 
 
 def follow_factors(
-    flow: Flow, names: tuple[str, str], totals: dict[str, Tensor], beta: float, correct: Tensor, eps: float
+    flow: Flow, means: Means, totals: dict[str, Tensor], beta: float, correct: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Update the running row and column means of something positive, and take the inverse root of their product.
 
@@ -27,8 +28,8 @@ def follow_factors(
 
     Args:
         flow: Holds the state and takes the new one.
-        names: State of rows, ``[N, rows]``, and columns, ``[N, columns]``.
-        totals: Sums over each row, ``"rows"`` ``[N, rows]``, and each column, ``"columns"`` ``[N, columns]``.
+        means: What is kept.
+        totals: Its sums over each row, ``"rows"`` ``[N, rows]``, and each column, ``"columns"`` ``[N, columns]``.
         beta: β, decay a step.
         correct: ``1 / (1 - βᵗ)``, any shape of ``N`` elements.
         eps: ε, in the units of what is averaged.
@@ -38,9 +39,7 @@ def follow_factors(
         product may overflow where row and column are both idle; multiply one after the other.
     """
     correct = correct.reshape(-1, 1)
-    rows = beta * flow.state[names[0]] + (1 - beta) / flow.columns * totals["rows"]
-    columns = beta * flow.state[names[1]] + (1 - beta) / flow.rows * totals["columns"]
-    flow.new[names[0]], flow.new[names[1]] = rows, columns
+    rows, columns = means.follow(flow, totals, beta)
     rows, columns = rows * correct + eps, columns * correct + eps
     return rows.mean(1, keepdim=True).sqrt() * rows.rsqrt(), columns.rsqrt()
 
@@ -90,12 +89,7 @@ class FactoredNormalization(Technique):
 
     def slots(self, info: ParamInfo) -> tuple[Slot, ...]:
         """One number a row and one a column; decided on the global shape."""
-        if not info.is_matrix:
-            return ()
-        return (
-            Slot("exp_avg_sq_row", shape=(info.rows,), precision="fp32"),
-            Slot("exp_avg_sq_col", shape=(info.columns,), precision="fp32"),
-        )
+        return MEANS.declared(info) if info.is_matrix else ()
 
     def scalars(self, t: Tensor) -> dict[str, Tensor]:
         """The factor that undoes the bias towards zero."""
@@ -107,16 +101,14 @@ class FactoredNormalization(Technique):
         x = flow.get("incoming")
         if x is None:
             x = flow["grad"]
-        square = x * x
-        return {"rows": ByRow(square), "columns": ByColumn(square)}
+        return MEANS.sums(x * x)
 
     def settle(self, flow: Flow, totals: dict[str, Tensor]) -> None:
         """Update the factors and set what enters the first moment."""
         x = flow.get("incoming")
         if x is None:
             x = flow["grad"]
-        names = ("exp_avg_sq_row", "exp_avg_sq_col")
-        a, b = follow_factors(flow, names, totals, self.beta2, flow.scalar(self, "correct"), self.eps)
+        a, b = follow_factors(flow, MEANS, totals, self.beta2, flow.scalar(self, "correct"), self.eps)
         flow["incoming"] = (x * flow.over_rows(a)).mul_(flow.over_columns(b))
 
 

@@ -10,12 +10,10 @@ from hina_optim.state.slot import EXP_AVG, Slot
 from hina_optim.techniques.adam import AdamMoments
 from hina_optim.techniques.adopt import AdoptNormalization
 from hina_optim.techniques.base import Flow, ParamInfo, Sums
-from hina_optim.techniques.means import Means, relative, saves
+from hina_optim.techniques.factored import MEANS
+from hina_optim.techniques.means import relative, saves
 
 __all__ = ["FactoredAdam", "FactoredAdopt"]
-
-#: Of the second moment, what is kept.
-MEANS = Means("exp_avg_sq")
 
 
 def squares(x: Tensor) -> Sums:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hina_optim.techniques.base import ByColumn, ByRow, Flow, ParamInfo, Slot, Sums
-from hina_optim.techniques.factored import SMALLEST
 
-__all__ = ["Means", "relative", "saves"]
+__all__ = ["SMALLEST", "Means", "relative", "saves"]
+
+#: An ε below this counts as this: float32 knows no smaller number that can be divided by.
+SMALLEST = 1e-37
 
 
 def saves(info: ParamInfo) -> bool:
@@ -33,13 +35,13 @@ class Means:
 
     of: str
 
-    def slots(self) -> tuple[str, str]:
+    def names(self) -> tuple[str, str]:
         """Names of the two."""
         return f"{self.of}_row", f"{self.of}_col"
 
     def declared(self, info: ParamInfo) -> tuple[Slot, Slot]:
         """One number a row and one a column."""
-        row, column = self.slots()
+        row, column = self.names()
         return (
             Slot(row, shape=(info.rows,), precision="fp32", mean_of=(self.of, "row")),
             Slot(column, shape=(info.columns,), precision="fp32", mean_of=(self.of, "column")),
@@ -51,18 +53,18 @@ class Means:
 
     def held(self, flow: Flow) -> tuple[Tensor, Tensor]:
         """The means as they are, ``[N, rows]`` and ``[N, columns]``."""
-        row, column = self.slots()
+        row, column = self.names()
         return flow.state[row], flow.state[column]
 
     def follow(self, flow: Flow, totals: dict[str, Tensor], keep: float | Tensor) -> tuple[Tensor, Tensor]:
         """The means after this step: ``keep`` times the old ones, and the rest of those of the value."""
-        row, column = self.slots()
+        row, column = self.names()
         rows = keep * flow.state[row] + (1 - keep) / flow.columns * totals["rows"]
         columns = keep * flow.state[column] + (1 - keep) / flow.rows * totals["columns"]
         flow.new[row], flow.new[column] = rows, columns
         return rows, columns
 
 
-def relative(rows: Tensor) -> Tensor:
-    """Means of rows over their own mean; 0 where all are 0."""
-    return rows / rows.mean(1, keepdim=True).clamp(min=SMALLEST)
+def relative(means: Tensor) -> Tensor:
+    """Means of rows, or of columns, over their own mean; 0 where all are 0."""
+    return means / means.mean(1, keepdim=True).clamp(min=SMALLEST)
